@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times several providers of the same work against each other, and records what it saw.
+
+The providers run in turn, A B A B, in one process, after their results were compared with float64.
+The baseline runs twice in each round: what separates it from itself is the run's noise. Knows
+nothing of models or operators; a bench_*.py file brings the steps and their results.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+# torch reads it at its first allocation. Huge pages are worth 6 to 10 % to eager torchvision, so
+# every provider gets them.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+import torch
+import torchvision
+
+import fastresnet
+from fastresnet import _extension
+
+RESULTS = Path(__file__).parent / "results"
+SAME_AGAIN = "same again"  # the provider name of the baseline's second run in a round
+WARM_UP_ROUNDS = 2
+ERROR_RATIO = 1.5  # how much further from float64 than the baseline a provider may be
+
+
+@dataclass
+class Row:
+    """One provider's figures in one comparison; the rows of a comparison share a timestamp."""
+
+    suite: str
+    case: str
+    provider: str
+    role: str
+    metric: str
+    unit: str
+    p20: float | None
+    p50: float | None
+    p80: float | None
+    n: int
+    status: str
+    errors: dict[str, float]
+    config: dict[str, Any]
+    bar: float | None
+    machine: dict[str, Any]
+    timestamp: str
+
+
+@dataclass
+class Provider:
+    """A way to do the work.
+
+    role: "baseline" (a peer, and what the noise is measured on), "peer" (competes), "ours", or
+    "context" (shown, but neither competes nor is checked: it may compute in another precision).
+    step: does the work once. results: the tensors that step computes, by name, for the check.
+    """
+
+    name: str
+    role: str
+    step: Callable[[], Any]
+    results: Callable[[], Mapping[str, torch.Tensor]]
+    status: str = "ok"
+    errors: dict[str, float] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+
+
+class Comparison:
+    """Providers of the same work, checked and then timed in turn.
+
+    work: how many units of `unit` one step does, so that figures are rates (higher is better).
+    bar: the least ratio of ours to the best peer that the project promises, if it promises one.
+    """
+
+    def __init__(
+        self,
+        suite: str,
+        case: str,
+        *,
+        metric: str,
+        unit: str,
+        work: float,
+        config: dict[str, Any],
+        bar: float | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.suite, self.case, self.metric, self.unit = suite, case, metric, unit
+        self.work, self.config, self.bar, self.device = work, config, bar, device
+        self.providers: list[Provider] = []
+        self._same_again: list[float] = []
+        self._rounds = 0
+
+    @property
+    def baseline(self) -> Provider:
+        return next(provider for provider in self.providers if provider.role == "baseline")
+
+    def add(
+        self,
+        name: str,
+        step: Callable[[], Any],
+        results: Callable[[], Mapping[str, torch.Tensor]],
+        *,
+        role: str,
+    ) -> None:
+        self.providers.append(Provider(name, role, step, results))
+
+    def check(self, truth: Mapping[str, torch.Tensor]) -> None:
+        """Compares each provider's results with float64; one that is further from it than
+        1.5 times the baseline, or that raises, is recorded as failed and not timed."""
+        for provider in sorted(self.providers, key=lambda provider: provider.role != "baseline"):
+            try:
+                provider.errors = relative_errors(provider.results(), truth)
+            except Exception as error:  # a provider that does not run is a row, not the end
+                provider.status = f"failed: {type(error).__name__}: {first_line(error)}"
+                continue
+            if provider.role == "context":
+                continue
+            for name, value in provider.errors.items():
+                # Below one rounding of the storage type, errors do not compare.
+                rounding = torch.finfo(getattr(torch, self.config["dtype"])).eps
+                allowed = ERROR_RATIO * max(self.baseline.errors[name], rounding)
+                if not value <= allowed:
+                    provider.status = f"failed: {name} is {value:.2e} from float64 ({allowed:.2e})"
+
+    def warm_up(self) -> None:
+        for _ in range(WARM_UP_ROUNDS):
+            self.round()
+        self._rounds = 0
+        self._same_again.clear()
+        for provider in self.providers:
+            provider.seconds.clear()
+
+    def round(self) -> None:
+        """Times every provider once, the baseline twice; every second round in reverse."""
+        runs = [(p.step, p.seconds) for p in self.providers if p.status == "ok"]
+        runs.append((self.baseline.step, self._same_again))
+        for step, seconds in runs if self._rounds % 2 == 0 else reversed(runs):
+            seconds.append(self._time(step))
+        self._rounds += 1
+
+    def _time(self, step: Callable[[], Any]) -> float:
+        self._synchronize()
+        start = time.perf_counter()
+        step()
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self.device != "cpu":
+            torch.accelerator.synchronize()
+
+    def rows(self) -> list[Row]:
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        here = machine(self.device)
+        baseline = self.baseline
+        same = Provider(SAME_AGAIN, "noise", baseline.step, baseline.results)
+        same.seconds = self._same_again
+        return [
+            Row(
+                suite=self.suite,
+                case=self.case,
+                provider=provider.name,
+                role=provider.role,
+                metric=self.metric,
+                unit=self.unit,
+                **rates(provider.seconds, self.work),
+                n=len(provider.seconds),
+                status=provider.status,
+                errors=provider.errors,
+                config=self.config,
+                bar=self.bar,
+                machine=here,
+                timestamp=now,
+            )
+            for provider in [*self.providers, same]
+        ]
+
+    def summary(self) -> str:
+        """One line a provider, for the terminal."""
+        lines = [f"{self.suite} {self.case}"]
+        for row in self.rows():
+            figure = f"{row.p50:10.4g} {row.unit}" if row.p50 is not None else f"  {row.status}"
+            lines.append(f"  {row.provider:28} {figure}")
+        return "\n".join(lines)
+
+
+def relative_errors(
+    results: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]
+) -> dict[str, float]:
+    """For each result its distance from `truth`, over the norm of that; in float64."""
+    return {
+        name: float((results[name].double() - right).norm() / right.norm())
+        for name, right in truth.items()
+    }
+
+
+def rates(seconds: Sequence[float], work: float) -> dict[str, float | None]:
+    """The 20th, 50th and 80th percentile of work per second; None where nothing was timed."""
+    if not seconds:
+        return {"p20": None, "p50": None, "p80": None}
+    if len(seconds) == 1:
+        return dict.fromkeys(("p20", "p50", "p80"), work / seconds[0])
+    values = [work / second for second in seconds]
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[3]}
+
+
+def append(comparison: Comparison) -> Path:
+    """Appends the comparison's rows to its suite's file of the day, and returns that."""
+    rows = comparison.rows()
+    name = comparison.device if comparison.device != "cpu" else rows[0].machine["cpu"]
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{name} {rows[0].machine['isa']}".lower()).strip("-")
+    torch_version = "".join(torch.__version__.split(".")[:2])
+    day = rows[0].timestamp[:10].replace("-", "")
+    path = RESULTS / f"{comparison.suite}-{slug}-pt{torch_version}-{day}.jsonl"
+    RESULTS.mkdir(exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+    return path
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures depend on besides the code under test."""
+    facts = {
+        "device": device,
+        "cpu": cpu_model(),
+        "isa": torch.ops.fastresnet.isa() if _extension.cpu_missing is None else "none",
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "huge_pages": os.environ["THP_MEM_ALLOC_ENABLE"],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "fastresnet": fastresnet.__version__,
+        "git": git_revision(),
+    }
+    if device != "cpu":
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return facts
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
+    return found[1].strip() if found else platform.machine()
+
+
+def git_revision() -> str:
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

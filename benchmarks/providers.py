@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models that are compared: torchvision's in their best configurations, and ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torchvision
+from torch import nn
+
+from fastresnet import models
+
+CLASSES = 1000
+CIFAR_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class ModelProvider:
+    """Where a model comes from and how it runs.
+
+    source: torchvision.models or fastresnet.models, which have the same factories.
+    stock: float32 and NCHW whatever the case asks for, as most people run it.
+    """
+
+    name: str
+    role: str
+    source: object
+    compiled: bool = False
+    stock: bool = False
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.contiguous_format if self.stock else torch.channels_last
+
+    def model(self, architecture: str, weights: dict[str, torch.Tensor]) -> nn.Module:
+        """The architecture in training mode with a copy of `weights`."""
+        model = build(self.source, architecture).to(memory_format=self.memory_format)
+        model.load_state_dict(weights)
+        model.train()
+        return torch.compile(model) if self.compiled else model
+
+
+MODEL_PROVIDERS = (
+    ModelProvider("torchvision", "baseline", torchvision.models),
+    ModelProvider("torch.compile", "peer", torchvision.models, compiled=True),
+    ModelProvider("fastresnet", "ours", models),
+    ModelProvider("fastresnet, torch.compile", "ours", models, compiled=True),
+    ModelProvider("stock torchvision", "context", torchvision.models, stock=True),
+)
+
+
+def build(source: object, architecture: str) -> nn.Module:
+    """`cifar_resnet18` is resnet18 with the 3x3 stem for small images, the rest a factory."""
+    if architecture != "cifar_resnet18":
+        return factory(source, architecture)(num_classes=CLASSES)
+    model = factory(source, "resnet18")(num_classes=CIFAR_CLASSES)
+    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def factory(source: object, name: str) -> Callable[..., nn.Module]:
+    return getattr(source, name)
+
+
+def initial_weights(architecture: str) -> dict[str, torch.Tensor]:
+    """Torchvision's own initialisation, the same each time."""
+    torch.manual_seed(0)
+    return build(torchvision.models, architecture).state_dict()

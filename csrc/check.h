@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// Argument checks shared by the CPU and the CUDA entries. They throw std::invalid_argument, which
+// reaches Python as a ValueError with just this text (torch's own macro adds C++ file and line).
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "layout.h"
+#include "params.h"
+
+namespace fastresnet {
+
+template <class... Args>
+void check(bool ok, const Args&... args) {
+  if (ok) return;
+  std::ostringstream text;
+  (text << ... << args);
+  throw std::invalid_argument(text.str());
+}
+
+inline std::string shape(const Tensor& t) {
+  std::string s = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + "]";
+}
+
+inline DType dtype_of(const char* op, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    default:
+      check(false, op, ": expected x of float32, bfloat16 or float16, got ",
+            torch::headeronly::toString(t.scalar_type()));
+      return {};
+  }
+}
+
+// x of an operator: [N, C, H, W], dense channels_last, at least one value.
+inline void check_input(const char* op, const Tensor& x) {
+  check(x.dim() == 4, op, ": expected x of 4 dimensions (N, C, H, W), got shape ", shape(x));
+  check(is_channels_last(x), op, ": expected x to be dense in channels_last, got shape ", shape(x),
+        " with other strides");
+  check(x.numel() > 0, op, ": expected x to hold values, got shape ", shape(x));
+  dtype_of(op, x);
+}
+
+// residual, grad: the shape, dtype, layout and device of x.
+inline void check_like_input(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  check(t.defined() && t.dim() == 4, op, ": expected ", name, " of shape ", shape(x));
+  bool same_shape = true;
+  for (int d = 0; d < 4; ++d) same_shape = same_shape && t.size(d) == x.size(d);
+  check(same_shape, op, ": expected ", name, " of x's shape ", shape(x), ", got ", shape(t));
+  check(t.scalar_type() == x.scalar_type(), op, ": expected ", name, " of x's dtype ",
+        torch::headeronly::toString(x.scalar_type()), ", got ",
+        torch::headeronly::toString(t.scalar_type()));
+  check(is_channels_last(t), op, ": expected ", name, " to be dense in channels_last");
+  check(t.device() == x.device(), op, ": expected ", name, " and x on one device");
+}
+
+// mean, var, weight, bias: float32 [C].
+inline const float* check_vector(const char* op, const char* name, const Tensor& t,
+                                 const Tensor& x) {
+  check(t.defined() && t.dim() == 1 && t.size(0) == x.size(1), op, ": expected ", name, " of ",
+        x.size(1), " values, one a channel, got ", t.defined() ? shape(t) : "None");
+  check(t.scalar_type() == ScalarType::Float, op, ": expected ", name, " of float32, got ",
+        torch::headeronly::toString(t.scalar_type()));
+  check(t.size(0) == 1 || t.stride(0) == 1, op, ": expected ", name, " to be contiguous");
+  check(t.device() == x.device(), op, ": expected ", name, " and x on one device");
+  return t.const_data_ptr<float>();
+}
+
+inline const uint8_t* check_mask(const char* op, const Tensor& t, const Tensor& x) {
+  check(t.defined() && t.dim() == 4 && t.size(0) == x.size(0) && t.size(1) == x.size(2) &&
+            t.size(2) == x.size(3) && t.size(3) == mask_bytes(x.size(1)) && t.is_contiguous() &&
+            t.scalar_type() == ScalarType::Byte && t.device() == x.device(),
+        op, ": expected the mask that the forward returned, uint8 [N, H, W, C / 8], got shape ",
+        t.defined() ? shape(t) : "None");
+  return t.const_data_ptr<uint8_t>();
+}
+
+}  // namespace fastresnet

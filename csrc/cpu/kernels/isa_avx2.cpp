@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// The avx2 level: AVX2, FMA and F16C (Haswell, Zen and newer).
+#if defined(__x86_64__)
+#include "cpu/kernels/table.h"
+#include "cpu/kernels/target.h"
+#include "cpu/kernels/vec.h"
+
+FASTRESNET_TARGET_BEGIN("avx2,fma,f16c")
+namespace fastresnet::cpu::avx2 {
+namespace {
+
+#include "cpu/kernels/vec_avx2-inl.h"
+// The kernels, on this level's Vec.
+#include "cpu/kernels/bn_act-inl.h"
+
+}  // namespace
+}  // namespace fastresnet::cpu::avx2
+FASTRESNET_TARGET_END
+
+const fastresnet::cpu::KernelTable fastresnet::cpu::avx2::table = {bn_moments, bn_forward,
+                                                                   bn_backward_sums, bn_backward};
+#endif

@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// The default level: any processor.
+#include "cpu/kernels/table.h"
+#include "cpu/kernels/target.h"
+#include "cpu/kernels/vec.h"
+
+namespace fastresnet::cpu::portable {
+namespace {
+
+#include "cpu/kernels/vec_portable-inl.h"
+// The kernels, on this level's Vec.
+#include "cpu/kernels/bn_act-inl.h"
+
+}  // namespace
+}  // namespace fastresnet::cpu::portable
+
+const fastresnet::cpu::KernelTable fastresnet::cpu::portable::table = {
+    bn_moments, bn_forward, bn_backward_sums, bn_backward};

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// The functions that every ISA level provides, on plain pointers. isa.cpp chooses one table for the
+// process. Also everything that the levels' code needs from the standard library and from torch,
+// included here because it must come before a target pragma (see target.h).
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "params.h"
+
+namespace fastresnet::cpu {
+
+struct KernelTable {
+  // Mean and centred sum of squares of rows [begin, end), for each channel.
+  // scratch: 3 * channels floats; mean, m2: [channels].
+  void (*bn_moments)(const void* x, DType dtype, int64_t channels, int64_t begin, int64_t end,
+                     float* scratch, double* mean, double* m2);
+
+  void (*bn_forward)(const BnForwardParams& p, int64_t begin, int64_t end);
+
+  // Sums over rows [begin, end) of g, g * (x - mean) and, for add_bn_relu, g * (residual -
+  // residual_mean), where g is the gradient behind the ReLU.
+  // scratch: 3 * channels floats; sums: [3, channels].
+  void (*bn_backward_sums)(const BnBackwardParams& p, int64_t begin, int64_t end, float* scratch,
+                           double* sums);
+
+  void (*bn_backward)(const BnBackwardParams& p, const BnCoefficients& x,
+                      const BnCoefficients& residual, int64_t begin, int64_t end);
+};
+
+// A level is a file isa_LEVEL.cpp that defines its table.
+namespace portable {
+extern const KernelTable table;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const KernelTable table;
+}
+namespace avx512 {
+extern const KernelTable table;
+}
+namespace avx512_bf16 {
+extern const KernelTable table;
+}
+namespace amx {
+extern const KernelTable table;
+}
+#endif
+
+}  // namespace fastresnet::cpu

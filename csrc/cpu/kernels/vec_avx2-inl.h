@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vec of 8 floats on AVX2, FMA and F16C. The interface is described in vec_avx512-inl.h.
+
+constexpr int kWidth = 8;
+
+struct Vec {
+  __m256 v;
+};
+struct Lanes {
+  __m256 v;  // all bits of a lane set, or none
+};
+
+inline Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+// maxps returns its second operand where either is NaN.
+inline Vec relu(Vec a) { return {_mm256_max_ps(_mm256_setzero_ps(), a.v)}; }
+
+inline Vec load(const float* p, Full) { return {_mm256_loadu_ps(p)}; }
+inline Vec load(const Half* p, Full) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline Vec load(const BFloat16* p, Full) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+
+inline void store(float* p, Vec a, Full) { _mm256_storeu_ps(p, a.v); }
+inline void store(Half* p, Vec a, Full) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store(BFloat16* p, Vec a, Full) {
+  // Round to nearest even by an integer addition, which would carry a NaN into an infinity.
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i high =
+      _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+  const __m256i packed =
+      _mm256_permute4x64_epi64(_mm256_packus_epi32(high, _mm256_setzero_si256()), 0xd8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+
+template <class T>
+inline Vec load(const T* p, Part part) {
+  T buffer[kWidth] = {};
+  std::memcpy(buffer, p, part.count * sizeof(T));
+  return load(buffer, Full{});
+}
+template <class T>
+inline void store(T* p, Vec a, Part part) {
+  T buffer[kWidth];
+  store(buffer, a, Full{});
+  std::memcpy(p, buffer, part.count * sizeof(T));
+}
+
+inline Lanes passes_relu(Vec z) { return {_mm256_cmp_ps(z.v, _mm256_setzero_ps(), _CMP_NLE_UQ)}; }
+inline Vec keep(Lanes lanes, Vec a) { return {_mm256_and_ps(lanes.v, a.v)}; }
+inline Lanes load_lanes(const uint8_t* p, Full) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(*p), bit);
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bit))};
+}
+inline Lanes load_lanes(const uint8_t* p, Part) { return load_lanes(p, Full{}); }
+inline void store_lanes(uint8_t* p, Lanes lanes, Full) {
+  *p = static_cast<uint8_t>(_mm256_movemask_ps(lanes.v));
+}
+inline void store_lanes(uint8_t* p, Lanes lanes, Part part) {
+  *p = static_cast<uint8_t>(_mm256_movemask_ps(lanes.v) & ((1 << part.count) - 1));
+}

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vec of 16 floats on AVX-512; with FASTRESNET_AVX512_BF16, bf16 is rounded by its own instruction.
+//
+// The interface of every Vec: kWidth lanes (a multiple of 8, so that a mask is whole bytes),
+// broadcast, +, -, *, fma, relu (a NaN stays), load and store of float, BFloat16 and Half with
+// Full{} or, for the last channels, Part{count}; Lanes, one bit a lane: passes_relu, keep (zero
+// elsewhere), load_lanes, store_lanes (bit i of the bytes is lane i; bits beyond a Part are 0).
+
+constexpr int kWidth = 16;
+
+struct Vec {
+  __m512 v;
+};
+struct Lanes {
+  __mmask16 bits;
+};
+
+inline __mmask16 first(Part part) { return static_cast<__mmask16>((1u << part.count) - 1); }
+
+inline Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// maxps returns its second operand where either is NaN.
+inline Vec relu(Vec a) { return {_mm512_max_ps(_mm512_setzero_ps(), a.v)}; }
+
+inline Vec widen(const Half*, __m256i bits) { return {_mm512_cvtph_ps(bits)}; }
+inline Vec widen(const BFloat16*, __m256i bits) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+inline __m256i narrow(const Half*, Vec a) {
+  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline __m256i narrow(const BFloat16*, Vec a) {
+#if defined(FASTRESNET_AVX512_BF16)
+  return (__m256i)_mm512_cvtneps_pbh(a.v);
+#else
+  // Round to nearest even by an integer addition, which would carry a NaN into an infinity.
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(
+      _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+#endif
+}
+
+inline Vec load(const float* p, Full) { return {_mm512_loadu_ps(p)}; }
+inline Vec load(const float* p, Part part) { return {_mm512_maskz_loadu_ps(first(part), p)}; }
+template <class T>
+inline Vec load(const T* p, Full) {
+  return widen(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+template <class T>
+inline Vec load(const T* p, Part part) {
+  return widen(p, _mm256_maskz_loadu_epi16(first(part), p));
+}
+
+inline void store(float* p, Vec a, Full) { _mm512_storeu_ps(p, a.v); }
+inline void store(float* p, Vec a, Part part) { _mm512_mask_storeu_ps(p, first(part), a.v); }
+template <class T>
+inline void store(T* p, Vec a, Full) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p, a));
+}
+template <class T>
+inline void store(T* p, Vec a, Part part) {
+  _mm256_mask_storeu_epi16(p, first(part), narrow(p, a));
+}
+
+inline Lanes passes_relu(Vec z) {
+  return {_mm512_cmp_ps_mask(z.v, _mm512_setzero_ps(), _CMP_NLE_UQ)};
+}
+inline Vec keep(Lanes lanes, Vec a) { return {_mm512_maskz_mov_ps(lanes.bits, a.v)}; }
+inline Lanes load_lanes(const uint8_t* p, Full) {
+  uint16_t bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return {bits};
+}
+inline Lanes load_lanes(const uint8_t* p, Part part) {
+  uint16_t bits = 0;
+  std::memcpy(&bits, p, (part.count + 7) / 8);
+  return {bits};
+}
+inline void store_lanes(uint8_t* p, Lanes lanes, Full) {
+  const uint16_t bits = lanes.bits;
+  std::memcpy(p, &bits, sizeof bits);
+}
+inline void store_lanes(uint8_t* p, Lanes lanes, Part part) {
+  const uint16_t bits = lanes.bits & first(part);
+  std::memcpy(p, &bits, (part.count + 7) / 8);
+}

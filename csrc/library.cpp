@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every schema of the library, and the module that `import fastresnet._C` finds. The kernels
+// register themselves under their device's key: csrc/cpu/*.cpp here, csrc/cuda/*.cu in a second
+// library. What each operator computes is written in fastresnet/ops/reference.py.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+// PyMODINIT_FUNC exports it; a plain extern "C" would stay hidden under -fvisibility=hidden.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}
+
+STABLE_TORCH_LIBRARY(fastresnet, m) {
+  m.def("isa() -> str");
+  m.def("isa_levels() -> str[]");
+
+  m.def("bn_stats(Tensor x) -> (Tensor mean, Tensor var)");
+
+  m.def(
+      "bn(Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, bool training)"
+      " -> Tensor");
+  m.def(
+      "bn_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor weight, float eps, "
+      "bool training) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+
+  m.def(
+      "bn_relu(Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, "
+      "bool training) -> Tensor");
+  m.def(
+      "bn_relu_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor weight, "
+      "Tensor bias, float eps, bool training) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+
+  m.def(
+      "bn_add_relu(Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, "
+      "Tensor residual, float eps, bool training) -> (Tensor out, Tensor mask)");
+  m.def(
+      "bn_add_relu_backward(Tensor grad, Tensor mask, Tensor x, Tensor mean, Tensor var, "
+      "Tensor weight, float eps, bool training) -> (Tensor dx, Tensor dweight, Tensor dbias, "
+      "Tensor dresidual)");
+
+  m.def(
+      "bn_add_bn_relu(Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, "
+      "Tensor residual, Tensor residual_mean, Tensor residual_var, Tensor residual_weight, "
+      "Tensor residual_bias, float eps, float residual_eps, bool training) "
+      "-> (Tensor out, Tensor mask)");
+  m.def(
+      "bn_add_bn_relu_backward(Tensor grad, Tensor mask, Tensor x, Tensor mean, Tensor var, "
+      "Tensor weight, Tensor residual, Tensor residual_mean, Tensor residual_var, "
+      "Tensor residual_weight, float eps, float residual_eps, bool training) -> (Tensor dx, "
+      "Tensor dweight, Tensor dbias, Tensor dresidual, Tensor dresidual_weight)");
+}

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``fastresnet`` command: its arguments, and one module with a ``run`` for each sub-command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastresnet import __version__
+from fastresnet.train.recipes import RECIPES
+
+# The modules that pip install "fastresnet[train]" brings.
+_TRAIN_EXTRA = ("matplotlib", "rich", "safetensors", "torchmetrics")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="fastresnet", description="Train residual networks with fused kernels."
+    )
+    parser.add_argument("--version", action="version", version=f"fastresnet {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train, evaluate and report one recipe")
+    train.add_argument("recipe", choices=sorted(RECIPES), metavar="RECIPE", help=", ".join(RECIPES))
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="overrides",
+        help="change a setting of the recipe, as in --set optim.lr=0.05; may be repeated",
+    )
+    train.add_argument(
+        "--data", type=Path, metavar="DIR", help="where the data set's files are, or go"
+    )
+    train.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for the run's files (default: runs/RECIPE-TIME)",
+    )
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --output after the last epoch that it finished",
+    )
+    train.add_argument("--threads", type=_positive, metavar="N", help="CPU threads to use")
+
+    commands.add_parser("info", help="show versions, what was built and which kernels are active")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, 1 for a run that failed, 2 for bad input."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        command = importlib.import_module(f"fastresnet.cli.{arguments.command}")
+        return command.run(arguments)
+    except ModuleNotFoundError as error:
+        if error.name not in _TRAIN_EXTRA:
+            raise
+        return _fail(2, f"expected the package {error.name}: pip install 'fastresnet[train]'")
+    except ValueError as error:
+        # ValueError is what configuration, data sets and checkpoints raise for bad input; its
+        # message says what was expected. Anything else is a defect and keeps its traceback.
+        return _fail(2, str(error))
+    except FloatingPointError as error:
+        return _fail(1, str(error))
+
+
+def _fail(status: int, message: str) -> int:
+    print(f"fastresnet: error: {message}", file=sys.stderr)
+    return status
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number

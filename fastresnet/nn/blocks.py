@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torchvision's residual blocks with fused batch norm, ReLU and add: only ``forward`` differs."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torchvision.models import resnet
+
+from .batch_norm import PendingBatchNorm, add_relu, fused_call, has_hooks
+from .sequential import FusedSequential
+
+
+def shortcut(downsample: nn.Module | None, x: Tensor) -> PendingBatchNorm | Tensor:
+    """``downsample(x)`` (or ``x`` without one), a batch norm at its end left pending.
+
+    Args:
+        downsample: a module, usually ``nn.Sequential`` of a 1x1 convolution and a batch norm.
+        x: [N, C, H, W].
+    """
+    if downsample is None:
+        return x
+    if type(downsample) not in (nn.Sequential, FusedSequential) or has_hooks(downsample):
+        return downsample(x)
+    for module in downsample:
+        x = fused_call(module, x)
+    return x
+
+
+class BasicBlock(resnet.BasicBlock):
+    """Two 3x3 convolutions and a shortcut (He et al., 2015)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, inplanes, H, W] -> [N, planes, H / stride, W / stride]."""
+        out = self.conv1(x)
+        out = fused_call(self.bn1, out)
+        out = fused_call(self.relu, out)
+
+        out = self.conv2(out)
+        out = fused_call(self.bn2, out)
+
+        return add_relu(self.relu, out, shortcut(self.downsample, x), overwrite=True)
+
+
+class Bottleneck(resnet.Bottleneck):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut (He et al., 2015; stride in the 3x3)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, inplanes, H, W] -> [N, 4 * planes, H / stride, W / stride]."""
+        out = self.conv1(x)
+        out = fused_call(self.bn1, out)
+        out = fused_call(self.relu, out)
+
+        out = self.conv2(out)
+        out = fused_call(self.bn2, out)
+        out = fused_call(self.relu, out)
+
+        out = self.conv3(out)
+        out = fused_call(self.bn3, out)
+
+        return add_relu(self.relu, out, shortcut(self.downsample, x), overwrite=True)

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused operators as differentiable functions, each with a plain-torch twin in
+:mod:`fastresnet.ops.reference`."""
+
+from . import reference
+from .bn_act import bn, bn_add_bn_relu, bn_add_relu, bn_relu, bn_stats, has_kernel
+
+__all__ = [
+    "bn",
+    "bn_add_bn_relu",
+    "bn_add_relu",
+    "bn_relu",
+    "bn_stats",
+    "has_kernel",
+    "reference",
+]

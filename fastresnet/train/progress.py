@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Progress within an epoch: a bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_BETWEEN_READS = 0.5
+
+
+class EpochProgress(AbstractContextManager):
+    """Shows steps done, images per second and a short note, and says when a note is wanted.
+
+    Args:
+        console: where to print; a bar is drawn only if it is a terminal.
+        title: what is in progress, as in "epoch 1/2 train".
+        steps: steps in all.
+    """
+
+    def __init__(self, console: Console, title: str, steps: int) -> None:
+        self._console = console
+        self._title = title
+        self._steps = steps
+        self._done = 0
+        self._images = 0
+        self._bar = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(title, total=steps, note="")
+        self._interval = _SECONDS_BETWEEN_READS if self._bar else _SECONDS_BETWEEN_LINES
+
+    def __enter__(self) -> EpochProgress:
+        if self._bar:
+            self._bar.start()
+        self._begin = self._last = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    @property
+    def images_per_second(self) -> float:
+        """Images a second since the start."""
+        return self._images / max(time.perf_counter() - self._begin, 1e-9)
+
+    def advance(self, images: int) -> bool:
+        """Counts a step of ``images`` images; True where it is time to :meth:`show` a note."""
+        self._done += 1
+        self._images += images
+        if self._bar:
+            self._bar.advance(self._task)
+        now = time.perf_counter()
+        if now - self._last < self._interval:
+            return False
+        self._last = now
+        return True
+
+    def show(self, note: str) -> None:
+        """Shows the note beside the steps and the speed."""
+        text = f"{self.images_per_second:.0f} images/s  {note}"
+        if self._bar:
+            self._bar.update(self._task, note=text)
+        else:
+            self._console.print(
+                f"{self._title}  step {self._done}/{self._steps}  {text}", highlight=False
+            )
