@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torchvision
@@ -26,7 +26,7 @@ class ModelProvider:
 
     name: str
     role: str
-    source: object
+    source: ModuleType
     compiled: bool = False
     stock: bool = False
 
@@ -51,18 +51,14 @@ MODEL_PROVIDERS = (
 )
 
 
-def build(source: object, architecture: str) -> nn.Module:
+def build(source: ModuleType, architecture: str) -> nn.Module:
     """`cifar_resnet18` is resnet18 with the 3x3 stem for small images, the rest a factory."""
     if architecture != "cifar_resnet18":
-        return factory(source, architecture)(num_classes=CLASSES)
-    model = factory(source, "resnet18")(num_classes=CIFAR_CLASSES)
+        return getattr(source, architecture)(num_classes=CLASSES)
+    model = source.resnet18(num_classes=CIFAR_CLASSES)
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return model
-
-
-def factory(source: object, name: str) -> Callable[..., nn.Module]:
-    return getattr(source, name)
 
 
 def initial_weights(architecture: str) -> dict[str, torch.Tensor]:

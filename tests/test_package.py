@@ -288,7 +288,7 @@ def test_sdist_to_wheel_to_a_clean_environment(tmp_path: Path) -> None:
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=True)
     python = environment / "bin" / "python"
-    succeed(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel)
+    succeed(python, "-I", "-m", "pip", "install", "--no-deps", "--no-index", wheel)
     # torch itself is borrowed from this environment, after the new one's own packages.
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(succeed(python, "-c", query).strip())

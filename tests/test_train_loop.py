@@ -230,7 +230,7 @@ def test_evaluate_counts_every_image_and_leaves_the_model_alone() -> None:
     assert evaluation.loss == pytest.approx(
         F.cross_entropy(logits, labels, label_smoothing=0.1).item(), rel=1e-5
     )
-    assert evaluation.accuracy == (logits.argmax(1) == labels).float().mean().item()
+    assert evaluation.accuracy == int((logits.argmax(1) == labels).sum()) / 70
     for true in range(CLASSES):
         for predicted in range(CLASSES):
             count = ((labels == true) & (logits.argmax(1) == predicted)).sum()

@@ -49,7 +49,10 @@ def test_equal_networks_agree_and_are_left_alone(amp: torch.dtype | None) -> Non
     before = copy.deepcopy(model.state_dict())
     timing = run(model, peer, amp)
     assert timing.outputs_agree
-    assert (timing.error > 0) == (amp is not None)
+    # Float32 against itself, perhaps summed in another order; bfloat16 keeps 8 bits.
+    low, high = (0, 1e-6) if amp is None else (1e-4, 0.05)
+    assert low <= timing.error <= high
+    assert low <= timing.peer_error <= high
     assert (timing.batch_size, timing.image_size, timing.steps) == (8, 6, 5)
     assert timing.speedup == timing.peer_seconds / timing.seconds
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

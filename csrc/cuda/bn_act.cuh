@@ -24,8 +24,9 @@ namespace fastresnet::cuda {
 
 constexpr int kBlockChannels = kBlockOctets * kOctet;
 constexpr int kPointwiseThreads = 256;
-// Enough for the loads in flight; it lets the compiler take 128 registers a thread before it spills.
-constexpr int kPointwiseBlocks = 2;
+// Threads that a multiprocessor must be able to hold: enough for the loads in flight, few enough
+// that the compiler may take 128 registers before it spills.
+constexpr int kResidentThreads = 512;
 
 struct Extent {
   int64_t rows, channels;
@@ -175,7 +176,7 @@ struct alignas(16) OctetMoments {
 };
 
 template <typename scalar_t, bool kPacked>
-__global__ void __launch_bounds__(kReduceThreads)
+__global__ void __launch_bounds__(kReduceThreads, kResidentThreads / kReduceThreads)
     bn_stats_kernel(StatsParams p, Partials<OctetMoments> partials, unsigned* tickets) {
   const auto* x = static_cast<const scalar_t*>(p.x);
   const Tile tile(p.extent);
@@ -208,7 +209,7 @@ __global__ void __launch_bounds__(kReduceThreads)
 __device__ __forceinline__ bool relu_passes(float z) { return !(z <= 0.0f); }
 
 template <typename scalar_t, Epilogue kEpilogue, bool kPacked>
-__global__ void __launch_bounds__(kPointwiseThreads, kPointwiseBlocks)
+__global__ void __launch_bounds__(kPointwiseThreads, kResidentThreads / kPointwiseThreads)
     bn_forward_kernel(ForwardParams p) {
   const auto* x = static_cast<const scalar_t*>(p.x);
   const auto* residual = static_cast<const scalar_t*>(p.residual);
@@ -308,19 +309,22 @@ template <Epilogue kEpilogue>
 using BackwardSums = OctetSums<kEpilogue == Epilogue::add_bn_relu ? 3 : 2>;
 
 template <typename scalar_t, Epilogue kEpilogue, bool kPacked>
-__global__ void __launch_bounds__(kReduceThreads)
+__global__ void __launch_bounds__(kReduceThreads, kResidentThreads / kReduceThreads)
     bn_backward_reduce_kernel(BackwardParams p, Partials<BackwardSums<kEpilogue>> partials,
                               unsigned* tickets) {
   constexpr bool kDual = kEpilogue == Epilogue::add_bn_relu;
   const Tile tile(p.extent);
 
+  __shared__ float shared[2][kBlockChannels];
   float mean[kOctet], residual_mean[kOctet];
-  load_channels(p.norm.mean + tile.channel, tile.valid, mean);
-  if constexpr (kDual) load_channels(p.residual_norm.mean + tile.channel, tile.valid, residual_mean);
+  share_channels(tile, shared[0], mean, [&](int64_t c) { return __ldg(p.norm.mean + c); });
+  if constexpr (kDual)
+    share_channels(tile, shared[1], residual_mean,
+                   [&](int64_t c) { return __ldg(p.residual_norm.mean + c); });
   Affine<float> affine[kOctet];
   if constexpr (kEpilogue == Epilogue::relu) {
-    __shared__ Affine<float> shared[kBlockChannels];
-    share_channels(tile, shared, affine, [&](int64_t c) { return p.norm.affine(c); });
+    __shared__ Affine<float> shared_affine[kBlockChannels];
+    share_channels(tile, shared_affine, affine, [&](int64_t c) { return p.norm.affine(c); });
   }
 
   BackwardSums<kEpilogue> sums{};
@@ -379,7 +383,7 @@ __device__ __forceinline__ ChannelGradient channel_gradient(const BackwardParams
 }
 
 template <typename scalar_t, Epilogue kEpilogue, bool kPacked>
-__global__ void __launch_bounds__(kPointwiseThreads, kPointwiseBlocks)
+__global__ void __launch_bounds__(kPointwiseThreads, kResidentThreads / kPointwiseThreads)
     bn_backward_kernel(BackwardParams p) {
   constexpr bool kDual = kEpilogue == Epilogue::add_bn_relu;
   auto* dx = static_cast<scalar_t*>(p.dx);
@@ -399,7 +403,8 @@ __global__ void __launch_bounds__(kPointwiseThreads, kPointwiseBlocks)
     share_channels(tile, shared_affine, affine, [&](int64_t c) { return p.norm.affine(c); });
   }
 
-  for_rows<kPacked ? 2 : 1>(tile, [&](int64_t row, auto rows) {
+  // With two coefficient sets in registers there is no room for a second row of three octets.
+  for_rows<kPacked && !kDual ? 2 : 1>(tile, [&](int64_t row, auto rows) {
     BackwardRow<scalar_t, kEpilogue, kPacked> loaded[rows];
 #pragma unroll
     for (int k = 0; k < rows; ++k) loaded[k].load(p, tile, row + k * tile.step);

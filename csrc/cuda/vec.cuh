@@ -62,9 +62,9 @@ struct Octet {
       for (int i = 0; i < kAccesses; ++i)
         words[i] = i * kPerAccess < valid ? __ldg(reinterpret_cast<const uint4*>(p) + i)
                                           : make_uint4(0, 0, 0, 0);
-      memcpy(values, words, sizeof(values));
+      memcpy(static_cast<void*>(values), words, sizeof(values));
     } else {
-      memset(values, 0, sizeof(values));
+      memset(static_cast<void*>(values), 0, sizeof(values));
 #pragma unroll
       for (int i = 0; i < kOctet; ++i)
         if (i < valid) values[i] = __ldg(p + i);
@@ -87,7 +87,7 @@ struct Octet {
 
   __device__ __forceinline__ void widen(float (&out)[kOctet]) const {
     pair_t pairs[kOctet / 2];
-    memcpy(pairs, values, sizeof(values));
+    memcpy(static_cast<void*>(pairs), values, sizeof(values));
 #pragma unroll
     for (int i = 0; i < kOctet / 2; ++i) {
       const float2 v = Pair<scalar_t>::widen(pairs[i]);
@@ -101,15 +101,8 @@ struct Octet {
 #pragma unroll
     for (int i = 0; i < kOctet / 2; ++i)
       pairs[i] = Pair<scalar_t>::narrow(make_float2(in[2 * i], in[2 * i + 1]));
-    memcpy(values, pairs, sizeof(values));
+    memcpy(static_cast<void*>(values), pairs, sizeof(values));
   }
 };
-
-// One float a channel, from a vector of any alignment; 0 where there is no channel.
-__device__ __forceinline__ void load_channels(const float* __restrict__ p, int valid,
-                                              float (&out)[kOctet]) {
-#pragma unroll
-  for (int i = 0; i < kOctet; ++i) out[i] = i < valid ? __ldg(p + i) : 0.0f;
-}
 
 }  // namespace fastresnet::cuda

@@ -61,9 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = importlib.import_module(f"fastresnet.cli.{arguments.command}")
         return command.run(arguments)
     except ModuleNotFoundError as error:
-        if error.name not in _TRAIN_EXTRA:
+        package = (error.name or "").partition(".")[0]
+        if package not in _TRAIN_EXTRA:
             raise
-        return _fail(2, f"expected the package {error.name}: pip install 'fastresnet[train]'")
+        return _fail(2, f"expected the package {package}: pip install 'fastresnet[train]'")
     except ValueError as error:
         # ValueError is what configuration, data sets and checkpoints raise for bad input; its
         # message says what was expected. Anything else is a defect and keeps its traceback.

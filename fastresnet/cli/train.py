@@ -44,9 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(soft_wrap=True)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.resume and arguments.output is None:
+        raise ConfigError("--resume: expected --output with the folder of the run, got none")
     recipe, dataset = _load(arguments.recipe, arguments.overrides, arguments.data, console)
     folder = arguments.output or Path("runs", f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    _prepare_folder(folder, recipe, resume=arguments.resume)
     try:
         train_recipe(recipe, dataset, folder=folder, resume=arguments.resume, console=console)
     except KeyboardInterrupt:
@@ -93,6 +94,7 @@ def train_recipe(
     )
     torch.manual_seed(recipe.seed)
     model = _build_model(recipe.model.name, dataset).to(device)
+    _prepare_folder(folder, recipe, resume=resume)  # after everything that bad settings stop
     trainer = Trainer(model, train_loader, val_loader, recipe, folder=folder, console=console)
     if resume:
         trainer.resume()
@@ -198,10 +200,9 @@ def _prepare_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
 
 
 def _build_model(name: str, dataset: ImageDataset) -> nn.Module:
-    if name not in models.__all__:
-        raise ConfigError(
-            f"model.name: expected one of {', '.join(sorted(models.__all__))}, got {name!r}"
-        )
+    known = [factory for factory in models.__all__ if factory.startswith("cifar_")]
+    if name not in known:
+        raise ConfigError(f"model.name: expected one of {', '.join(known)}, got {name!r}")
     return getattr(models, name)(num_classes=len(dataset.classes), in_channels=dataset.channels)
 
 

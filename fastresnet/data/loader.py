@@ -116,7 +116,8 @@ class TensorLoader:
             order = torch.arange(count)
             choices = central(count, corners=self._corners)
         size = self._image_size
-        for indices in order[: self.images_per_epoch].split(self._batch_size):
+        for begin in range(0, self.images_per_epoch, self._batch_size):
+            indices = order[begin : begin + self._batch_size]
             crops = self._crops[indices, choices.top[indices], choices.left[indices]]
             if self._training:
                 flip = choices.flip[indices].view(-1, 1, 1, 1)

@@ -9,6 +9,7 @@ their own, and classes whose methods were written by hand, which ``rewrite.py`` 
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import functools
 from collections.abc import Callable
@@ -142,6 +143,12 @@ def fused_builder(builder: Callable[P, nn.Module], module: str) -> Callable[P, n
 
     build.__module__ = module
     return build
+
+
+def scriptable_twin(model: ModuleT) -> ModuleT:
+    """A reverted copy that shares ``model``'s tensors: what ``torch.jit.script`` can compile."""
+    tensors = (*model.parameters(), *model.buffers())
+    return revert(copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}))
 
 
 def _check_is_module(model: Any) -> None:

@@ -23,7 +23,7 @@ from torchvision.models import (
 )
 
 from ..nn.batch_norm import fused_call, to_kernel_layout
-from .convert import fused_builder, fuses
+from .convert import fused_builder, fuses, scriptable_twin
 
 __all__ = [
     "ResNeXt50_32X4D_Weights",
@@ -73,6 +73,9 @@ class ResNet(torchvision.models.ResNet):
         x = self.avgpool(x)
         x = torch.flatten(x, 1)
         return self.fc(x)
+
+    def __prepare_scriptable__(self) -> torchvision.models.ResNet:
+        return scriptable_twin(self)
 
 
 _fused = functools.partial(fused_builder, module=__name__)

@@ -16,7 +16,7 @@ from torchvision.models import (
 )
 
 from ..nn.batch_norm import to_kernel_layout
-from .convert import fused_builder, fuses
+from .convert import fused_builder, fuses, scriptable_twin
 
 __all__ = [
     "VGG",
@@ -41,6 +41,9 @@ class VGG(torchvision.models.VGG):
     def forward(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, num_classes]."""
         return super().forward(to_kernel_layout(x))
+
+    def __prepare_scriptable__(self) -> torchvision.models.VGG:
+        return scriptable_twin(self)
 
 
 _fused = functools.partial(fused_builder, module=__name__)

@@ -22,7 +22,7 @@ class CheckpointError(ValueError):
     """A checkpoint is damaged or belongs to another model."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls ``write`` with a temporary path beside ``path``, syncs the file, renames it."""
     # Not from tempfile, whose files only their owner may read.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

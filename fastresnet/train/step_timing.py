@@ -74,7 +74,8 @@ def time_steps(
     """
     model, peer = copy.deepcopy(model), copy.deepcopy(peer)
     peer.load_state_dict(model.state_dict())
-    peer.to(device=images.device, memory_format=torch.channels_last)
+    for network in (model, peer):
+        network.to(device=images.device, memory_format=torch.channels_last)
 
     exact = _output(peer, images, None)
     errors = [

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0
+// The batch-norm operators on CUDA: checks, outputs, scratch memory, and the launches of
+// bn_act.cuh on torch's current stream. What each operator computes is in library.cpp's schemas and
+// fastresnet/ops/reference.py.
+#include "cuda/bn_act.cuh"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "check.h"
+
+namespace fastresnet::cuda {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+void check_cuda(const char* op, cudaError_t status) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // or torch would report it again, as the error of its next kernel
+  throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(status));
+}
+
+Queue current_queue(const char* op, const Tensor& x) {
+  const int32_t device = x.get_device_index();
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream(device, &stream) != TORCH_SUCCESS)
+    throw std::runtime_error(std::string(op) + ": torch has no current CUDA stream");
+  Queue queue{static_cast<cudaStream_t>(stream), 0};
+  check_cuda(op, cudaDeviceGetAttribute(&queue.multiprocessors, cudaDevAttrMultiProcessorCount,
+                                        device));
+  return queue;
+}
+
+Extent extent_of(const Tensor& x) { return {x.numel() / x.size(1), x.size(1), 0}; }
+
+// Torch's allocator hands out addresses aligned to far more than the 16 bytes that the kernels ask.
+Tensor empty_bytes(const Tensor& like, int64_t size) {
+  return torch::stable::empty({size}, ScalarType::Byte, std::nullopt, like.device());
+}
+
+Tensor empty_mask(const Tensor& x) {
+  return torch::stable::empty({x.size(0), x.size(2), x.size(3), mask_bytes(x.size(1))},
+                              ScalarType::Byte, std::nullopt, x.device());
+}
+
+// The four vectors of one batch norm as an operator receives them, under the names of its schema.
+// A backward operator that needs no bias leaves it out.
+struct NormalisationTensors {
+  const Tensor& mean;
+  const Tensor& var;
+  const Tensor& weight;
+  const Tensor* bias;
+  double eps;
+  const char* prefix = "";
+
+  Normalisation checked(const char* op, const Tensor& x) const {
+    const auto vector = [&](const char* name, const Tensor& t) {
+      return check_vector(op, (std::string(prefix) + name).c_str(), t, x);
+    };
+    return {vector("mean", mean), vector("var", var), vector("weight", weight),
+            bias == nullptr ? nullptr : vector("bias", *bias), static_cast<float>(eps)};
+  }
+};
+
+std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
+  constexpr const char* kOp = "bn_stats";
+  check_input(kOp, x);
+  const DeviceGuard guard(x.get_device_index());
+  const Queue queue = current_queue(kOp, x);
+  Tensor mean = empty_vector(x, x.size(1));
+  Tensor var = empty_vector(x, x.size(1));
+  StatsParams p{};
+  p.x = x.const_data_ptr();
+  p.mean = mean.mutable_data_ptr<float>();
+  p.var = var.mutable_data_ptr<float>();
+  p.extent = extent_of(x);
+  p.dtype = dtype_of(kOp, x);
+  Tensor workspace = empty_bytes(x, workspace_bytes(p.extent.rows, p.extent.channels, queue));
+  check_cuda(kOp, launch_bn_stats(p, workspace.mutable_data_ptr(), queue));
+  return {mean, var};
+}
+
+struct Forward {
+  Tensor out, mask;
+};
+
+// `residual` is null for bn and bn_relu, `residual_norm` for all but bn_add_bn_relu.
+Forward forward(const char* op, Epilogue epilogue, const Tensor& x,
+                const NormalisationTensors& norm, const Tensor* residual = nullptr,
+                const NormalisationTensors* residual_norm = nullptr) {
+  check_input(op, x);
+  ForwardParams p{};
+  p.norm = norm.checked(op, x);
+  if (residual != nullptr) {
+    check_like_input(op, "residual", *residual, x);
+    p.residual = residual->const_data_ptr();
+  }
+  if (residual_norm != nullptr) p.residual_norm = residual_norm->checked(op, x);
+  const DeviceGuard guard(x.get_device_index());
+  Forward result;
+  result.out = empty_channels_last(x);
+  p.out = result.out.mutable_data_ptr();
+  if (has_residual(epilogue)) {
+    result.mask = empty_mask(x);
+    p.mask = result.mask.mutable_data_ptr<uint8_t>();
+  }
+  p.x = x.const_data_ptr();
+  p.extent = extent_of(x);
+  p.dtype = dtype_of(op, x);
+  p.epilogue = epilogue;
+  check_cuda(op, launch_bn_forward(p, current_queue(op, x)));
+  return result;
+}
+
+Tensor bn(const Tensor& x, const Tensor& mean, const Tensor& var, const Tensor& weight,
+          const Tensor& bias, double eps, bool /*training*/) {
+  return forward("bn", Epilogue::none, x, {mean, var, weight, &bias, eps}).out;
+}
+
+Tensor bn_relu(const Tensor& x, const Tensor& mean, const Tensor& var, const Tensor& weight,
+               const Tensor& bias, double eps, bool /*training*/) {
+  return forward("bn_relu", Epilogue::relu, x, {mean, var, weight, &bias, eps}).out;
+}
+
+std::tuple<Tensor, Tensor> bn_add_relu(const Tensor& x, const Tensor& mean, const Tensor& var,
+                                       const Tensor& weight, const Tensor& bias,
+                                       const Tensor& residual, double eps, bool /*training*/) {
+  auto [out, mask] = forward("bn_add_relu", Epilogue::add_relu, x,
+                             {mean, var, weight, &bias, eps}, &residual);
+  return {out, mask};
+}
+
+std::tuple<Tensor, Tensor> bn_add_bn_relu(const Tensor& x, const Tensor& mean, const Tensor& var,
+                                          const Tensor& weight, const Tensor& bias,
+                                          const Tensor& residual, const Tensor& residual_mean,
+                                          const Tensor& residual_var, const Tensor& residual_weight,
+                                          const Tensor& residual_bias, double eps,
+                                          double residual_eps, bool /*training*/) {
+  const NormalisationTensors residual_norm{residual_mean,  residual_var, residual_weight,
+                                           &residual_bias, residual_eps, "residual_"};
+  auto [out, mask] = forward("bn_add_bn_relu", Epilogue::add_bn_relu, x,
+                             {mean, var, weight, &bias, eps}, &residual, &residual_norm);
+  return {out, mask};
+}
+
+struct Backward {
+  Tensor dx, dweight, dbias, dresidual, dresidual_weight;
+};
+
+// `mask` is null for bn and bn_relu, `residual` and `residual_norm` for all but bn_add_bn_relu.
+Backward backward(const char* op, Epilogue epilogue, const Tensor& grad, const Tensor* mask,
+                  const Tensor& x, const NormalisationTensors& norm, bool training,
+                  const Tensor* residual = nullptr,
+                  const NormalisationTensors* residual_norm = nullptr) {
+  check_input(op, x);
+  check_like_input(op, "grad", grad, x);
+  BackwardParams p{};
+  p.norm = norm.checked(op, x);
+  if (mask != nullptr) p.mask = check_mask(op, *mask, x);
+  if (residual != nullptr) {
+    check_like_input(op, "residual", *residual, x);
+    p.residual = residual->const_data_ptr();
+    p.residual_norm = residual_norm->checked(op, x);
+  }
+  const DeviceGuard guard(x.get_device_index());
+  const Queue queue = current_queue(op, x);
+  const int64_t channels = x.size(1);
+
+  Backward result;
+  result.dx = empty_channels_last(x);
+  result.dweight = empty_vector(x, channels);
+  result.dbias = empty_vector(x, channels);
+  p.dx = result.dx.mutable_data_ptr();
+  p.dweight = result.dweight.mutable_data_ptr<float>();
+  p.dbias = result.dbias.mutable_data_ptr<float>();
+  if (has_residual(epilogue)) {
+    result.dresidual = empty_channels_last(x);
+    p.dresidual = result.dresidual.mutable_data_ptr();
+  }
+  if (residual_norm != nullptr) {
+    result.dresidual_weight = empty_vector(x, channels);
+    p.dresidual_weight = result.dresidual_weight.mutable_data_ptr<float>();
+  }
+  Tensor sums = empty_vector(x, 2 * channels);
+  p.sum_gx = sums.mutable_data_ptr<float>();
+  p.sum_gr = p.sum_gx + channels;
+
+  p.grad = grad.const_data_ptr();
+  p.x = x.const_data_ptr();
+  p.extent = extent_of(x);
+  p.dtype = dtype_of(op, x);
+  p.epilogue = epilogue;
+  p.training = training;
+  Tensor workspace = empty_bytes(x, workspace_bytes(p.extent.rows, channels, queue));
+  check_cuda(op, launch_bn_backward(p, workspace.mutable_data_ptr(), queue));
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_backward(const Tensor& grad, const Tensor& x,
+                                               const Tensor& mean, const Tensor& var,
+                                               const Tensor& weight, double eps, bool training) {
+  auto r = backward("bn_backward", Epilogue::none, grad, nullptr, x,
+                    {mean, var, weight, nullptr, eps}, training);
+  return {r.dx, r.dweight, r.dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_relu_backward(const Tensor& grad, const Tensor& x,
+                                                    const Tensor& mean, const Tensor& var,
+                                                    const Tensor& weight, const Tensor& bias,
+                                                    double eps, bool training) {
+  auto r = backward("bn_relu_backward", Epilogue::relu, grad, nullptr, x,
+                    {mean, var, weight, &bias, eps}, training);
+  return {r.dx, r.dweight, r.dbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_backward(
+    const Tensor& grad, const Tensor& mask, const Tensor& x, const Tensor& mean, const Tensor& var,
+    const Tensor& weight, double eps, bool training) {
+  auto r = backward("bn_add_relu_backward", Epilogue::add_relu, grad, &mask, x,
+                    {mean, var, weight, nullptr, eps}, training);
+  return {r.dx, r.dweight, r.dbias, r.dresidual};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_relu_backward(
+    const Tensor& grad, const Tensor& mask, const Tensor& x, const Tensor& mean, const Tensor& var,
+    const Tensor& weight, const Tensor& residual, const Tensor& residual_mean,
+    const Tensor& residual_var, const Tensor& residual_weight, double eps, double residual_eps,
+    bool training) {
+  const NormalisationTensors residual_norm{residual_mean, residual_var, residual_weight,
+                                           nullptr,       residual_eps, "residual_"};
+  auto r = backward("bn_add_bn_relu_backward", Epilogue::add_bn_relu, grad, &mask, x,
+                    {mean, var, weight, nullptr, eps}, training, &residual, &residual_norm);
+  return {r.dx, r.dweight, r.dbias, r.dresidual, r.dresidual_weight};
+}
+
+}  // namespace
+}  // namespace fastresnet::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(fastresnet, CUDA, m) {
+  m.impl("bn_stats", TORCH_BOX(&fastresnet::cuda::bn_stats));
+  m.impl("bn", TORCH_BOX(&fastresnet::cuda::bn));
+  m.impl("bn_relu", TORCH_BOX(&fastresnet::cuda::bn_relu));
+  m.impl("bn_add_relu", TORCH_BOX(&fastresnet::cuda::bn_add_relu));
+  m.impl("bn_add_bn_relu", TORCH_BOX(&fastresnet::cuda::bn_add_bn_relu));
+  m.impl("bn_backward", TORCH_BOX(&fastresnet::cuda::bn_backward));
+  m.impl("bn_relu_backward", TORCH_BOX(&fastresnet::cuda::bn_relu_backward));
+  m.impl("bn_add_relu_backward", TORCH_BOX(&fastresnet::cuda::bn_add_relu_backward));
+  m.impl("bn_add_bn_relu_backward", TORCH_BOX(&fastresnet::cuda::bn_add_bn_relu_backward));
+}

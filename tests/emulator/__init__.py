@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels of csrc/cuda on the host: builds them with g++ and calls them on CPU tensors.
+
+Every tensor a kernel gets is declared to the emulator, so that an access outside of all of them is
+an error, and every output starts as NaN, so that a value nobody wrote shows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent.parent / "csrc"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+EPILOGUES = {"bn": 0, "bn_relu": 1, "bn_add_relu": 2, "bn_add_bn_relu": 3}
+
+
+class EmulatorError(RuntimeError):
+    """What the emulator saw a kernel do wrong."""
+
+
+def toolkit_include() -> Path | str:
+    """The folder of CUDA's headers, or why there is none."""
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        return "no nvcc found, so no CUDA headers"
+    # nvcc may be a wrapper script that lies outside its toolkit, so it is asked where that is.
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
+    dry_run = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", dry_run, re.MULTILINE)
+    if top is None:
+        return "nvcc --dryrun does not name its toolkit"
+    include = Path(top[1].strip(), "include").resolve()
+    if not (include / "cuda_fp16.h").exists():
+        return f"{include} has no cuda_fp16.h"
+    return include
+
+
+def build(cache: Path, name: str, include: Path) -> ctypes.CDLL:
+    """The emulator and ``name``.cpp of this folder as one library, built once per content."""
+    sources = [HERE / "emulator.cpp", HERE / f"{name}.cpp"]
+    inputs = [*sources, *HERE.glob("*.h"), *CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh")]
+    command = ["g++", "-shared", "-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    command += ["-Wno-unknown-pragmas", f"-I{HERE}", f"-I{CSRC}", "-isystem", str(include)]
+    command += map(str, sources)
+    digest = hashlib.sha256(repr(command).encode())
+    for path in sorted(inputs):
+        digest.update(path.read_bytes())
+    library = cache / f"{name}-{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, "-o", str(unfinished)], check=True)
+        unfinished.rename(library)
+    return ctypes.CDLL(str(library))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """In which order threads run: in order for seed 0, else drawn at random from it.
+
+    ``hold_permille`` of the stores to global memory hold their thread back until no other of the
+    ``resident_blocks`` that run side by side can go on.
+    """
+
+    seed: int = 0
+    resident_blocks: int = 1
+    hold_permille: int = 0
+
+
+class Emulator:
+    """Runs launches of one built library; an error of a kernel is an :class:`EmulatorError`."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        library.emulator_error.restype = ctypes.c_char_p
+        library.emulator_bytes_loaded.restype = ctypes.c_int64
+        library.emulator_bytes_stored.restype = ctypes.c_int64
+        self.schedule = Schedule()
+        self.skipped_barrier = 0
+        self.skip_memset = False
+        self.ticket_error = 0
+
+    def run(self, function: str, arguments: Sequence[object], restype: type | None = None) -> object:
+        """Calls ``function`` of the library. Tensors and lists of tensors become addresses."""
+        library = self.library
+        library.emulator_reset()
+        schedule = self.schedule
+        library.emulator_schedule(
+            ctypes.c_uint64(schedule.seed), schedule.resident_blocks, schedule.hold_permille
+        )
+        library.emulator_skip_barrier(self.skipped_barrier)
+        if self.skip_memset:
+            library.emulator_skip_memset()
+        library.emulator_spoil_tickets(self.ticket_error)
+        call = getattr(library, function)
+        call.restype = restype
+        result = call(*[self._argument(argument) for argument in arguments])
+        if error := library.emulator_error():
+            raise EmulatorError(error.decode())
+        return result
+
+    @property
+    def bytes_loaded(self) -> int:
+        """Bytes that the last run loaded from global memory."""
+        return self.library.emulator_bytes_loaded()
+
+    @property
+    def bytes_stored(self) -> int:
+        """Bytes that the last run stored to global memory."""
+        return self.library.emulator_bytes_stored()
+
+    def barriers(self) -> list[int]:
+        """Source lines of the barriers that kernels have met so far."""
+        lines = (ctypes.c_uint * 64)()
+        return lines[: self.library.emulator_barriers(lines, len(lines))]
+
+    def _argument(self, value: object) -> object:
+        if isinstance(value, Tensor):
+            size = value.numel() * value.element_size()
+            self.library.emulator_declare(ctypes.c_void_p(value.data_ptr()), ctypes.c_int64(size))
+            return ctypes.c_void_p(value.data_ptr())
+        if isinstance(value, (list, tuple)):
+            return (ctypes.c_void_p * len(value))(*(self._argument(v) for v in value))
+        if isinstance(value, int) and not isinstance(value, bool):
+            return ctypes.c_int64(value)
+        if isinstance(value, float):
+            return ctypes.c_float(value)
+        return value
+
+
+def unwritten(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An output that holds NaN (uint8: 255) until it is written, 16-byte aligned."""
+    out = torch.empty(*shape, dtype=dtype)
+    out.view(torch.uint8).fill_(255)
+    return out
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The vectors of one batch norm, float32 [C] each."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-5
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        return [self.mean, self.var, self.weight, self.bias]
+
+
+class BatchNormKernels(Emulator):
+    """csrc/cuda/bn_act.cuh on [rows, C] tensors, as on a device of so many multiprocessors."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        super().__init__(library)
+        self.multiprocessors = 2
+
+    def stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows, channels = x.shape
+        mean, var = (unwritten((channels,), torch.float32) for _ in range(2))
+        self.run("bn_stats", [*self._shape(x), x, mean, var, self._workspace(rows, channels)])
+        return mean, var
+
+    def forward(
+        self, form: str, x: Tensor, norm: Norm, residual: Tensor | None, residual_norm: Norm | None
+    ) -> tuple[Tensor, Tensor | None]:
+        rows, channels = x.shape
+        out = unwritten(x.shape, x.dtype)
+        mask = unwritten((rows, (channels + 7) // 8), torch.uint8) if "add" in form else None
+        self.run(
+            "bn_forward",
+            [*self._shape(x, form), x, *self._norms(norm, residual, residual_norm), out, mask],
+        )
+        return out, mask
+
+    def backward(
+        self,
+        form: str,
+        grad: Tensor,
+        mask: Tensor | None,
+        x: Tensor,
+        norm: Norm,
+        residual: Tensor | None,
+        residual_norm: Norm | None,
+        training: bool,
+    ) -> dict[str, Tensor | None]:
+        rows, channels = x.shape
+        dual = residual_norm is not None
+        outputs = {
+            "dx": unwritten(x.shape, x.dtype),
+            "dresidual": unwritten(x.shape, x.dtype) if mask is not None else None,
+            "dweight": unwritten((channels,), torch.float32),
+            "dbias": unwritten((channels,), torch.float32),
+            "dresidual_weight": unwritten((channels,), torch.float32) if dual else None,
+        }
+        sums = unwritten((2 * channels,), torch.float32)
+        norms = self._norms(norm, residual if dual else None, residual_norm)
+        dtype, epilogue, *sizes = self._shape(x, form)
+        arguments = [dtype, epilogue, training, *sizes, grad, mask, x, *norms, *outputs.values()]
+        self.run("bn_backward", [*arguments, sums, self._workspace(rows, channels)])
+        return outputs
+
+    def _shape(self, x: Tensor, form: str | None = None) -> list[int]:
+        epilogue = [] if form is None else [EPILOGUES[form]]
+        return [DTYPES[x.dtype], *epilogue, *x.shape, self.multiprocessors]
+
+    def _workspace(self, rows: int, channels: int) -> Tensor:
+        size = self.run(
+            "bn_workspace_bytes", [rows, channels, self.multiprocessors], ctypes.c_int64
+        )
+        return unwritten((size,), torch.uint8)
+
+    @staticmethod
+    def _norms(norm: Norm, residual: Tensor | None, residual_norm: Norm | None) -> list[object]:
+        vectors = [None] * 4 if residual_norm is None else residual_norm.vectors
+        eps = 0.0 if residual_norm is None else residual_norm.eps
+        return [norm.vectors, norm.eps, residual, vectors, eps]

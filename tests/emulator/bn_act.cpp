@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// The launches of csrc/cuda/bn_act.cuh, callable from Python through ctypes. Vectors of one batch
+// norm come as four pointers: mean, var, weight, bias.
+#include "cuda/bn_act.cuh"
+
+namespace {
+
+using namespace fastresnet;
+using namespace fastresnet::cuda;
+
+Queue queue_of(int multiprocessors) { return {nullptr, multiprocessors}; }
+
+Normalisation normalisation(float* const* vectors, float eps) {
+  return {vectors[0], vectors[1], vectors[2], vectors[3], eps};
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t bn_workspace_bytes(int64_t rows, int64_t channels, int multiprocessors) {
+  return workspace_bytes(rows, channels, queue_of(multiprocessors));
+}
+
+void bn_stats(DType dtype, int64_t rows, int64_t channels, int multiprocessors, const void* x,
+              float* mean, float* var, void* workspace) {
+  const StatsParams p{x, mean, var, {rows, channels, 0}, dtype};
+  launch_bn_stats(p, workspace, queue_of(multiprocessors));
+}
+
+void bn_forward(DType dtype, Epilogue epilogue, int64_t rows, int64_t channels,
+                int multiprocessors, const void* x, float* const* norm, float eps,
+                const void* residual, float* const* residual_norm, float residual_eps, void* out,
+                uint8_t* mask) {
+  const ForwardParams p{.x = x,
+                        .norm = normalisation(norm, eps),
+                        .residual = residual,
+                        .residual_norm = normalisation(residual_norm, residual_eps),
+                        .out = out,
+                        .mask = mask,
+                        .extent = {rows, channels, 0},
+                        .dtype = dtype,
+                        .epilogue = epilogue};
+  launch_bn_forward(p, queue_of(multiprocessors));
+}
+
+void bn_backward(DType dtype, Epilogue epilogue, bool training, int64_t rows, int64_t channels,
+                 int multiprocessors, const void* grad, const uint8_t* mask, const void* x,
+                 float* const* norm, float eps, const void* residual, float* const* residual_norm,
+                 float residual_eps, void* dx, void* dresidual, float* dweight, float* dbias,
+                 float* dresidual_weight, float* sums, void* workspace) {
+  const BackwardParams p{.grad = grad,
+                         .mask = mask,
+                         .x = x,
+                         .norm = normalisation(norm, eps),
+                         .residual = residual,
+                         .residual_norm = normalisation(residual_norm, residual_eps),
+                         .dx = dx,
+                         .dresidual = dresidual,
+                         .dweight = dweight,
+                         .dbias = dbias,
+                         .dresidual_weight = dresidual_weight,
+                         .sum_gx = sums,
+                         .sum_gr = sums + channels,
+                         .extent = {rows, channels, 0},
+                         .dtype = dtype,
+                         .epilogue = epilogue,
+                         .training = training};
+  launch_bn_backward(p, workspace, queue_of(multiprocessors));
+}
+}

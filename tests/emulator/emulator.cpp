@@ -1,0 +1,406 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs CUDA kernels on the host: every CUDA thread is a fiber with a stack of its own, all on one
+// thread of the host. A fiber runs until it waits for others, so the order in which fibers are
+// taken is a schedule; it is drawn from a seed, and a fiber may be held back before any store to
+// global memory until nobody else can run. It shows wrong results, not speed.
+#include "emulator.h"
+
+#include <algorithm>
+#include <csetjmp>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <link.h>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <set>
+#include <span>
+#include <string>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+namespace emulator {
+namespace {
+
+constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kGuardBytes = 4096;
+constexpr int kWarp = 32;
+
+struct Block;
+
+enum class State { ready, at_barrier, at_collective, done };
+
+struct Fiber {
+  char* memory = nullptr;  // a guard page, then the stack
+  bool started = false;
+  std::jmp_buf resume;
+  State state = State::done;
+  bool held = false;
+  Block* block = nullptr;
+  int index = 0;
+  std::source_location site;  // of the barrier
+  Collective collective = nullptr;
+  void* arguments = nullptr;
+  unsigned mask = 0;
+};
+
+struct Block {
+  uint3 index{};
+  std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch, with their stacks
+  std::span<std::unique_ptr<Fiber>> threads;   // those in use
+  std::vector<char> shared;  // its shared memory while another block runs
+  int waiting = 0, done = 0;
+};
+
+struct Range {
+  uintptr_t begin, end;
+};
+
+struct Schedule {
+  uint64_t seed = 0;  // 0: in order
+  int resident_blocks = 1;
+  int hold_permille = 0;  // of the stores to global memory
+};
+
+// All of this is ordinary memory, since thread-local memory is the kernels' shared memory.
+Schedule schedule;
+Faults planted;
+std::mt19937_64 random_source;
+std::vector<Range> declared;
+int64_t bytes_loaded, bytes_stored;
+std::set<unsigned> barrier_lines;
+unsigned skipped_barrier;
+std::string error;
+
+const std::function<void()>* kernel;
+std::vector<std::unique_ptr<Block>> pool;
+Block* current_block;
+Fiber* current;
+std::jmp_buf scheduler;
+
+// ---- Fibers. Entered through ucontext once, then switched by longjmp, which makes no system call.
+
+[[gnu::noinline]] void to_scheduler() {
+  if (_setjmp(current->resume) == 0) _longjmp(scheduler, 1);
+}
+
+void finish_thread() {
+  Block& block = *current->block;
+  current->state = State::done;
+  ++block.done;
+  if (block.waiting > 0) fail("a thread exits while others wait at a barrier");
+  for (const auto& other : block.threads)
+    if (other->state == State::at_collective && other->index / kWarp == current->index / kWarp &&
+        (other->mask >> (current->index % kWarp) & 1))
+      fail("a lane exits while others of its warp wait for it");
+}
+
+void fiber_main() {
+  for (;;) {
+    (*kernel)();
+    finish_thread();
+    to_scheduler();  // and back, for a later block
+  }
+}
+
+[[gnu::noinline]] void run(Fiber& fiber) {
+  current = &fiber;
+  const unsigned width = blockDim.x, plane = blockDim.x * blockDim.y, index = fiber.index;
+  threadIdx = {index % width, index / width % blockDim.y, index / plane};
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.resume, 1);
+  fiber.started = true;
+  if (fiber.memory == nullptr) {
+    void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) std::abort();
+    mprotect(memory, kGuardBytes, PROT_NONE);
+    fiber.memory = static_cast<char*>(memory);
+  }
+  static ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.memory + kGuardBytes;
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, fiber_main, 0);
+  setcontext(&context);
+}
+
+// ---- Shared memory: this library's thread-local variables.
+
+thread_local char shared_anchor;
+
+struct Segment {
+  char* begin = nullptr;
+  size_t size = 0;
+};
+
+Segment find_shared_memory() {
+  static Segment found;
+  if (found.begin != nullptr) return found;
+  *const_cast<volatile char*>(&shared_anchor) = 0;  // allocated at its first use
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* result) {
+        const auto here = reinterpret_cast<uintptr_t>(&find_shared_memory);
+        bool ours = false;
+        Segment segment;
+        for (int i = 0; i < info->dlpi_phnum; ++i) {
+          const auto& header = info->dlpi_phdr[i];
+          const uintptr_t begin = info->dlpi_addr + header.p_vaddr;
+          if (header.p_type == PT_LOAD && here >= begin && here < begin + header.p_memsz)
+            ours = true;
+          if (header.p_type == PT_TLS)
+            segment = {static_cast<char*>(info->dlpi_tls_data), header.p_memsz};
+        }
+        if (ours) *static_cast<Segment*>(result) = segment;
+        return ours ? 1 : 0;
+      },
+      &found);
+  if (found.begin == nullptr) std::abort();
+  return found;
+}
+
+void enter(Block& block) {
+  if (current_block != &block) {
+    const Segment segment = find_shared_memory();
+    if (current_block != nullptr)
+      std::memcpy(current_block->shared.data(), segment.begin, segment.size);
+    std::memcpy(segment.begin, block.shared.data(), segment.size);
+    current_block = &block;
+  }
+  blockIdx = block.index;
+}
+
+// ---- The schedule.
+
+// A store: the moment at which others may be ahead of this thread.
+void overtake() {
+  if (schedule.hold_permille == 0) return;
+  if (static_cast<int>(random_source() % 1000) >= schedule.hold_permille) return;
+  current->held = true;
+  to_scheduler();
+}
+
+template <typename Items>
+void shuffle(Items& items) {
+  if (schedule.seed != 0) std::shuffle(items.begin(), items.end(), random_source);
+}
+
+void start(Block& block, int64_t linear, int threads) {
+  block.index = {static_cast<unsigned>(linear % gridDim.x),
+                 static_cast<unsigned>(linear / gridDim.x % gridDim.y),
+                 static_cast<unsigned>(linear / gridDim.x / gridDim.y)};
+  block.waiting = block.done = 0;
+  // All bits set: NaN to whoever reads what nobody has written.
+  block.shared.assign(find_shared_memory().size, static_cast<char>(0xff));
+  if (block.fibers.size() < static_cast<size_t>(threads)) block.fibers.resize(threads);
+  block.threads = std::span(block.fibers).first(threads);
+  for (int i = 0; i < threads; ++i) {
+    auto& fiber = block.threads[i];
+    if (fiber == nullptr) fiber = std::make_unique<Fiber>();
+    fiber->state = State::ready;
+    fiber->held = false;
+    fiber->block = &block;
+    fiber->index = i;
+  }
+  // A new kernel in this block's place must not meet the memory of the last one.
+  if (current_block == &block) current_block = nullptr;
+}
+
+// Runs each thread of the block that can run up to where it waits. Whether any could.
+bool run_round(Block& block) {
+  bool ran = false;
+  std::vector<int> order(block.threads.size());
+  std::iota(order.begin(), order.end(), 0);
+  shuffle(order);
+  enter(block);
+  for (int i : order) {
+    Fiber& fiber = *block.threads[i];
+    if (fiber.state != State::ready || fiber.held) continue;
+    run(fiber);
+    ran = true;
+    if (!error.empty()) return true;
+  }
+  return ran;
+}
+
+// Lets one of the threads that were held back go on, if there is any.
+bool release_held(const std::vector<Block*>& active) {
+  std::vector<Fiber*> held;
+  for (Block* block : active)
+    for (auto& fiber : block->threads)
+      if (fiber->held) held.push_back(fiber.get());
+  if (held.empty()) return false;
+  held[random_source() % held.size()]->held = false;
+  return true;
+}
+
+void run_blocks(int threads) {
+  std::vector<int64_t> order(int64_t{gridDim.x} * gridDim.y * gridDim.z);
+  std::iota(order.begin(), order.end(), 0);
+  shuffle(order);
+  size_t next = 0;
+  const size_t resident = std::min<size_t>(schedule.resident_blocks, order.size());
+  while (pool.size() < resident) pool.push_back(std::make_unique<Block>());
+
+  std::vector<Block*> active;
+  for (size_t i = 0; i < resident; ++i) {
+    start(*pool[i], order[next++], threads);
+    active.push_back(pool[i].get());
+  }
+  while (!active.empty()) {
+    bool ran = false;
+    shuffle(active);
+    for (Block*& block : active) {
+      ran |= run_round(*block);
+      if (!error.empty()) return;
+      if (block->done == threads) {
+        if (next < order.size()) start(*block, order[next++], threads);
+        else block = nullptr;
+      }
+    }
+    std::erase(active, nullptr);
+    if (!ran && !active.empty() && !release_held(active)) {
+      error = "deadlock: no thread can run";
+      return;
+    }
+  }
+}
+
+}  // namespace
+
+void launch(dim3 grid, dim3 block, const std::function<void()>& body) {
+  if (!error.empty()) return;
+  const int64_t threads = int64_t{block.x} * block.y * block.z;
+  if (threads < 1 || threads > 1024 || grid.x < 1 || grid.x > 0x7fffffffu || grid.y < 1 ||
+      grid.y > 65535 || grid.z < 1 || grid.z > 65535) {
+    error = "a launch that no device accepts";
+    return;
+  }
+  gridDim = grid;
+  blockDim = block;
+  kernel = &body;
+  run_blocks(static_cast<int>(threads));
+  current_block = nullptr;
+  current = nullptr;
+  if (!error.empty()) {  // fibers stopped in the middle start afresh
+    for (auto& stopped : pool)
+      for (auto& fiber : stopped->fibers)
+        fiber->started = false;
+  }
+}
+
+void barrier(const std::source_location& site) {
+  barrier_lines.insert(site.line());
+  if (site.line() == skipped_barrier) return;
+  Block& block = *current->block;
+  current->site = site;
+  current->state = State::at_barrier;
+  if (block.done > 0) fail("line %u: a barrier that other threads exited before", site.line());
+  if (++block.waiting < static_cast<int>(block.threads.size())) return to_scheduler();
+  for (auto& fiber : block.threads)
+    if (fiber->site.line() != site.line())
+      fail("threads of one block wait at different barriers, lines %u and %u", fiber->site.line(),
+           site.line());
+  block.waiting = 0;
+  for (auto& fiber : block.threads) fiber->state = State::ready;
+}
+
+int lane() { return current->index % kWarp; }
+
+void warp_collective(Collective perform, void* arguments, unsigned mask) {
+  Block& block = *current->block;
+  if (!(mask >> lane() & 1)) fail("lane %d calls for a mask %08x without it", lane(), mask);
+  current->collective = perform;
+  current->arguments = arguments;
+  current->mask = mask;
+  current->state = State::at_collective;
+
+  void* lanes[kWarp] = {};
+  const size_t first = current->index - lane();
+  for (int i = 0; i < kWarp; ++i) {
+    if (!(mask >> i & 1)) continue;
+    if (first + i >= block.threads.size()) fail("mask %08x names a lane that is not there", mask);
+    const Fiber& other = *block.threads[first + i];
+    if (other.state == State::done) fail("mask %08x names lane %d, which has exited", mask, i);
+    if (other.state != State::at_collective) return to_scheduler();
+    if (other.collective != perform || other.mask != mask)
+      fail("lanes of one warp wait for one another in different collectives");
+    lanes[i] = other.arguments;
+  }
+  perform(lanes);
+  for (int i = 0; i < kWarp; ++i)
+    if (mask >> i & 1) block.threads[first + i]->state = State::ready;
+}
+
+void access(const volatile void* address, size_t bytes, Access kind) {
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  const char* name = kind == Access::load ? "load" : "store";
+  if (begin % bytes != 0) fail("misaligned %s of %zu bytes", name, bytes);
+  bool inside = false;
+  for (const Range& range : declared) inside |= begin >= range.begin && begin + bytes <= range.end;
+  if (!inside) fail("%s of %zu bytes outside of every tensor", name, bytes);
+  (kind == Access::load ? bytes_loaded : bytes_stored) += static_cast<int64_t>(bytes);
+  if (kind == Access::store) overtake();
+}
+
+Faults& faults() { return planted; }
+
+void fail(const char* format, ...) {
+  char text[256], where[96];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof(text), format, arguments);
+  va_end(arguments);
+  std::snprintf(where, sizeof(where), " (block %u,%u thread %u,%u)", blockIdx.x, blockIdx.y,
+                threadIdx.x, threadIdx.y);
+  error = std::string(text) + where;
+  _longjmp(scheduler, 1);
+}
+
+}  // namespace emulator
+
+// ---- What the tests call, through ctypes.
+
+extern "C" {
+
+// Forgets the memory, counts, faults and error of the last run.
+void emulator_reset() {
+  emulator::declared.clear();
+  emulator::bytes_loaded = emulator::bytes_stored = 0;
+  emulator::planted = {};
+  emulator::skipped_barrier = 0;
+  emulator::error.clear();
+}
+
+void emulator_schedule(uint64_t seed, int resident_blocks, int hold_permille) {
+  emulator::schedule = {seed, resident_blocks, hold_permille};
+  emulator::random_source.seed(seed);
+}
+
+void emulator_declare(const void* address, int64_t bytes) {
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  emulator::declared.push_back({begin, begin + bytes});
+}
+
+void emulator_skip_barrier(unsigned line) { emulator::skipped_barrier = line; }
+void emulator_skip_memset() { emulator::planted.no_memset = true; }
+void emulator_spoil_tickets(int error) { emulator::planted.ticket_error = error; }
+
+// Lines of the barriers met since the library was loaded; returns how many there are.
+int emulator_barriers(unsigned* lines, int capacity) {
+  int n = 0;
+  for (unsigned line : emulator::barrier_lines)
+    if (n++ < capacity) lines[n - 1] = line;
+  return n;
+}
+
+int64_t emulator_bytes_loaded() { return emulator::bytes_loaded; }
+int64_t emulator_bytes_stored() { return emulator::bytes_stored; }
+const char* emulator_error() { return emulator::error.c_str(); }
+}

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels, run on the host by tests/emulator, against float64 autograd."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from emulator import (
+    BatchNormKernels,
+    Emulator,
+    EmulatorError,
+    Norm,
+    Schedule,
+    build,
+    toolkit_include,
+    unwritten,
+)
+from torch import Tensor
+
+FORMS = ["bn", "bn_relu", "bn_add_relu", "bn_add_bn_relu"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = {  # rows, channels
+    "one_row": (1, 8),
+    "one_channel": (70, 1),
+    "fewer_channels_than_an_octet": (37, 5),
+    "prime": (131, 13),
+    "whole_words_of_float32_only": (97, 12),
+    "three_octets": (130, 24),
+    "resnet50_layer1": (257, 64),
+    "two_columns_of_blocks": (75, 72),
+    "resnet50_layer4": (49, 512),
+}
+SCHEDULES = [
+    Schedule(),
+    Schedule(seed=1),
+    Schedule(seed=2, resident_blocks=3),
+    Schedule(seed=3, resident_blocks=4, hold_permille=20),
+]
+
+# Half a unit in the last place of the storage type, doubled for the float32 arithmetic before it.
+RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+# Where terms of size 10 cancel, float32 leaves a few units of 10 * 2**-24; float16 is subnormal
+# below 6e-5 and steps by 6e-8 there.
+ABSOLUTE = 1e-5
+# Sums over at most some thousand values of size 10.
+SUM_RELATIVE, SUM_ABSOLUTE = 1e-5, 2e-4
+
+
+@pytest.fixture(scope="session")
+def library(request: pytest.FixtureRequest) -> Callable[[str], ctypes.CDLL]:
+    include = toolkit_include()
+    if isinstance(include, str):
+        pytest.skip(include)
+    if platform.system() != "Linux" or shutil.which("g++") is None:
+        pytest.skip("the emulator needs g++ on Linux")
+    cache = Path(request.config.cache.mkdir("emulator"))
+    return lambda name: build(cache, name, include)
+
+
+@pytest.fixture
+def kernels(library: Callable[[str], ctypes.CDLL]) -> BatchNormKernels:
+    return BatchNormKernels(library("bn_act"))
+
+
+@dataclass(frozen=True)
+class Sample:
+    x: Tensor
+    norm: Norm
+    residual: Tensor | None
+    residual_norm: Norm | None
+    grad: Tensor
+    expected: dict[str, Tensor]
+
+
+def make_norm(x: Tensor, generator: torch.Generator, training: bool) -> Norm:
+    channels = x.shape[1]
+    weight = torch.rand(channels, generator=generator) + 0.5
+    weight[::3] *= -1
+    bias = torch.randn(channels, generator=generator)
+    if training:
+        var, mean = torch.var_mean(x.double(), 0, correction=0)
+    else:
+        mean = torch.randn(channels, generator=generator)
+        var = torch.rand(channels, generator=generator) + 0.5
+    return Norm(mean.float(), var.float(), weight, bias, eps=1e-3)
+
+
+def make_sample(
+    form: str, rows: int, channels: int, dtype: torch.dtype, training: bool, seed: int = 0
+) -> Sample:
+    """Random inputs, and every result of forward and backward by float64 autograd."""
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(rows, channels, generator=generator) * 2 + 3).to(dtype)
+    grad = torch.randn(rows, channels, generator=generator).to(dtype)
+    residual, residual_norm = None, None
+    if "add" in form:
+        residual = (torch.randn(rows, channels, generator=generator) * 2 - 1).to(dtype)
+    norm = make_norm(x, generator, training)
+    if form == "bn_add_bn_relu":
+        residual_norm = make_norm(residual, generator, training)
+
+    def leaf(t: Tensor) -> Tensor:
+        return t.double().requires_grad_()
+
+    def batch_norm(values: Tensor, n: Norm, weight: Tensor, bias: Tensor) -> Tensor:
+        if training:
+            return F.batch_norm(values, None, None, weight, bias, True, 0.0, n.eps)
+        return F.batch_norm(
+            values, n.mean.double(), n.var.double(), weight, bias, False, 0.0, n.eps
+        )
+
+    leaves = {"dx": leaf(x), "dweight": leaf(norm.weight), "dbias": leaf(norm.bias)}
+    # F.batch_norm refuses training on one value a channel; there every z is the bias.
+    if training and rows == 1:
+        z = leaves["dbias"] + 0 * leaves["dx"] + 0 * leaves["dweight"]
+    else:
+        z = batch_norm(leaves["dx"], norm, leaves["dweight"], leaves["dbias"])
+    if residual is not None:
+        leaves["dresidual"] = leaf(residual)
+        branch = leaves["dresidual"]
+        if residual_norm is not None:
+            leaves["dresidual_weight"] = leaf(residual_norm.weight)
+            bias = residual_norm.bias.double()
+            if training and rows == 1:
+                branch = bias + 0 * branch + 0 * leaves["dresidual_weight"]
+            else:
+                branch = batch_norm(branch, residual_norm, leaves["dresidual_weight"], bias)
+        z = z + branch
+    # Next to zero, rounding decides which way ReLU goes: no gradient arrives there.
+    if form != "bn":
+        grad = torch.where(z.detach().abs() < 1e-4, 0, grad)
+    out = z if form == "bn" else z.relu()
+    gradients = torch.autograd.grad(out, list(leaves.values()), grad.double())
+    expected = dict(zip(leaves, gradients, strict=True)) | {"out": out.detach(), "z": z.detach()}
+    return Sample(x, norm, residual, residual_norm, grad, expected)
+
+
+def run_sample(
+    kernels: BatchNormKernels, form: str, sample: Sample, training: bool
+) -> dict[str, Tensor]:
+    """Statistics, forward and backward of one sample; what a form does not have is left out."""
+    mean, var = kernels.stats(sample.x)
+    out, mask = kernels.forward(
+        form, sample.x, sample.norm, sample.residual, sample.residual_norm
+    )
+    gradients = kernels.backward(
+        form,
+        sample.grad,
+        mask,
+        sample.x,
+        sample.norm,
+        sample.residual,
+        sample.residual_norm,
+        training,
+    )
+    results = {"mean": mean, "var": var, "out": out, "mask": mask, **gradients}
+    return {name: value for name, value in results.items() if value is not None}
+
+
+def unpack_mask(mask: Tensor) -> Tensor:
+    return (mask.unsqueeze(2) >> torch.arange(8) & 1).flatten(1).bool()
+
+
+def check_sample(results: dict[str, Tensor], sample: Sample) -> None:
+    dtype, expected = sample.x.dtype, dict(sample.expected)
+    z = expected.pop("z")
+    var, mean = torch.var_mean(sample.x.double(), 0, correction=0)
+    torch.testing.assert_close(results["mean"].double(), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results["var"].double(), var, rtol=1e-5, atol=1e-6)
+    for name, value in expected.items():
+        whole = name in ("out", "dx", "dresidual")
+        torch.testing.assert_close(
+            results[name].double(),
+            value,
+            rtol=RELATIVE[dtype] if whole else SUM_RELATIVE,
+            atol=ABSOLUTE if whole else SUM_ABSOLUTE,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+    if "mask" in results:
+        bits = unpack_mask(results["mask"])
+        channels = z.shape[1]
+        certain = z.abs() >= 1e-4
+        assert torch.equal(bits[:, :channels][certain], (z > 0)[certain])
+        assert not bits[:, channels:].any(), "padding bits of the mask are set"
+
+
+CASES = list(itertools.product(FORMS, DTYPES, [True, False]))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_float64_autograd(kernels: BatchNormKernels, shape: str) -> None:
+    for index, (form, dtype, training) in enumerate(CASES):
+        kernels.schedule = SCHEDULES[index % len(SCHEDULES)]
+        sample = make_sample(form, *SHAPES[shape], dtype, training)
+        check_sample(run_sample(kernels, form, sample, training), sample)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 7, 132])
+def test_any_number_of_multiprocessors(kernels: BatchNormKernels, multiprocessors: int) -> None:
+    kernels.multiprocessors = multiprocessors
+    kernels.schedule = Schedule(seed=4, resident_blocks=2)
+    sample = make_sample("bn_add_bn_relu", 2500, 8, torch.bfloat16, training=True)
+    check_sample(run_sample(kernels, "bn_add_bn_relu", sample, True), sample)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_results_do_not_depend_on_the_schedule(kernels: BatchNormKernels, form: str) -> None:
+    kernels.multiprocessors = 4
+    sample = make_sample(form, 1100, 16, torch.float16, training=True)
+    first = run_sample(kernels, form, sample, True)
+    for schedule in SCHEDULES[1:]:
+        kernels.schedule = schedule
+        for name, value in run_sample(kernels, form, sample, True).items():
+            assert torch.equal(value, first[name]), f"{name} under {schedule}"
+
+
+@pytest.mark.parametrize(("mean", "std"), [(1e3, 1.0), (-3e4, 1.0), (1e-6, 1e-9), (0.0, 1e12)])
+def test_statistics_of_extreme_values(kernels: BatchNormKernels, mean: float, std: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5000, 8, generator=generator) * std + mean
+    found_mean, found_var = kernels.stats(x)
+    var, exact_mean = torch.var_mean(x.double(), 0, correction=0)
+    torch.testing.assert_close(found_mean.double(), exact_mean, rtol=1e-6, atol=1e-6 * std)
+    # float32 itself keeps a value near 3e4 to 2e-3; the sum of squares is exact to that.
+    torch.testing.assert_close(found_var.double(), var, rtol=1e-4, atol=0)
+
+
+def test_constant_channel_has_no_variance(kernels: BatchNormKernels) -> None:
+    mean, var = kernels.stats(torch.full((3000, 8), 1234.5))
+    assert torch.equal(mean, torch.full((8,), 1234.5))
+    assert torch.equal(var, torch.zeros(8))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_passes_as_in_torch(kernels: BatchNormKernels, form: str) -> None:
+    sample = make_sample(form, 20, 8, torch.float32, training=False)
+    sample.x[3, 5] = float("nan")
+    sample.x[4, 6] = float("inf")
+    results = run_sample(kernels, form, sample, False)
+    assert torch.isnan(results["out"][3, 5])
+    assert torch.isnan(results["out"]).sum() == 1
+    if "mask" in results:
+        assert unpack_mask(results["mask"])[3, 5]
+
+
+def test_addresses_of_any_alignment(kernels: BatchNormKernels) -> None:
+    """Rows of whole words that start beside a word boundary take the path of single values."""
+    sample = make_sample("bn", 40, 16, torch.bfloat16, training=True)
+    shifted = torch.empty(40 * 16 + 1, dtype=torch.bfloat16)[1:].view(40, 16).copy_(sample.x)
+    assert shifted.data_ptr() % 16 != 0
+    for x in (sample.x, shifted):
+        out, _ = kernels.forward("bn", x, sample.norm, None, None)
+        torch.testing.assert_close(
+            out.double(), sample.expected["out"], rtol=RELATIVE[torch.bfloat16], atol=ABSOLUTE
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_pass_reads_and_writes_its_tensors_once(
+    kernels: BatchNormKernels, dtype: torch.dtype
+) -> None:
+    rows, channels = 1024, 64
+    tensor, mask = rows * channels * dtype.itemsize, rows * channels // 8
+    vectors = 64 * 1024  # coefficients and partial sums, of all blocks together
+    sample = make_sample("bn_add_relu", rows, channels, dtype, training=True)
+    kernels.stats(sample.x)
+    assert 0 <= kernels.bytes_loaded - tensor < vectors
+    _, bits = kernels.forward("bn_add_relu", sample.x, sample.norm, sample.residual, None)
+    assert 0 <= kernels.bytes_loaded - 2 * tensor < vectors
+    assert kernels.bytes_stored == tensor + mask
+    kernels.backward(
+        "bn_add_relu", sample.grad, bits, sample.x, sample.norm, sample.residual, None, True
+    )
+    assert 0 <= kernels.bytes_loaded - 2 * (2 * tensor + mask) < vectors
+    assert 0 <= kernels.bytes_stored - 2 * tensor < vectors
+
+
+# ---- Mistakes that must be noticed.
+
+
+def is_noticed(kernels: BatchNormKernels, schedules: list[Schedule]) -> bool:
+    """Whether any check fails on some form under one of the schedules."""
+    kernels.multiprocessors = 2
+    for schedule, form in itertools.product(schedules, ["bn_relu", "bn_add_bn_relu"]):
+        kernels.schedule = schedule
+        # Four blocks share each column of channels, so they need the tickets.
+        sample = make_sample(form, 1100, 64, torch.bfloat16, training=True)
+        try:
+            check_sample(run_sample(kernels, form, sample, True), sample)
+        except (AssertionError, EmulatorError):
+            return True
+    return False
+
+
+def searching_schedules() -> list[Schedule]:
+    return [Schedule(seed, 1 + seed % 4, 40 * (seed % 3)) for seed in range(1, 37)]
+
+
+def test_each_barrier_is_needed(kernels: BatchNormKernels) -> None:
+    """Without any one of its barriers the code is wrong, and the schedules here find out."""
+    assert not is_noticed(kernels, SCHEDULES[:2])
+    barriers = kernels.barriers()
+    assert len(barriers) >= 4
+    unnoticed = []
+    for line in barriers:
+        kernels.skipped_barrier = line
+        if not is_noticed(kernels, searching_schedules()):
+            unnoticed.append(line)
+    assert not unnoticed, f"no schedule misses the barriers of lines {unnoticed}"
+
+
+@pytest.mark.parametrize("error", [-1, 1])
+def test_wrong_tickets_are_noticed(kernels: BatchNormKernels, error: int) -> None:
+    kernels.ticket_error = error
+    assert is_noticed(kernels, searching_schedules())
+
+
+def test_tickets_that_do_not_start_at_zero_are_noticed(kernels: BatchNormKernels) -> None:
+    kernels.skip_memset = True
+    assert is_noticed(kernels, SCHEDULES)
+
+
+PLANTED = {
+    "missing_barrier": "wrong result",
+    "outside": "store of 4 bytes outside of every tensor",
+    "before": "load of 4 bytes outside of every tensor",
+    "misaligned": "misaligned load of 16 bytes",
+    "exit_before_barrier": "barrier",
+    "two_barriers": "different barriers",
+    "barrier_against_shuffle": "deadlock",
+    "exit_before_shuffle": "exit",
+    "shuffle_outside_mask": "not in the mask",
+    "ticket_without_barrier": "wrong result",
+    "empty_grid": "no device accepts",
+}
+
+
+def run_planted(emulator: Emulator, name: str) -> None:
+    """Runs one of the kernels of planted.cpp under many schedules; raises what it notices."""
+    emulator.library.planted_name.restype = ctypes.c_char_p
+    names = iter(lambda count=itertools.count(): emulator.library.planted_name(next(count)), None)
+    index = [text.decode() for text in names].index(name)
+    for schedule in [Schedule(), *searching_schedules()]:
+        emulator.schedule = schedule
+        out, ticket = unwritten((4,), torch.float32), torch.zeros(1, dtype=torch.int32)
+        emulator.run("planted_run", [index, out, ticket])
+        if out[0] != (4.0 if name.startswith("ticket") else 64.0):
+            raise EmulatorError(f"wrong result {out.tolist()}")
+
+
+def test_correct_kernel_passes(library: Callable[[str], ctypes.CDLL]) -> None:
+    run_planted(Emulator(library("planted")), "correct")
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_mistake_is_noticed(library: Callable[[str], ctypes.CDLL], name: str) -> None:
+    with pytest.raises(EmulatorError, match=PLANTED[name]):
+        run_planted(Emulator(library("planted")), name)
