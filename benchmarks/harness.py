@@ -35,6 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 SAME_AGAIN = "same again"  # the provider name of the baseline's second run in a round
 WARM_UP_ROUNDS = 2
 ERROR_RATIO = 1.5  # how much further from float64 than the baseline a provider may be
+TELLING = 0.5  # an allowed relative error above this would let wrong results pass; zeros have 1
 
 
 @dataclass
@@ -131,6 +132,11 @@ class Comparison:
                 # Below one rounding of the storage type, errors do not compare.
                 rounding = torch.finfo(getattr(torch, self.config["dtype"])).eps
                 allowed = ERROR_RATIO * max(self.baseline.errors[name], rounding)
+                if not allowed <= TELLING:
+                    raise ValueError(
+                        f"{self.case}: {name} of {self.baseline.name} is {allowed / ERROR_RATIO:.2f} "
+                        "from float64: too far for a check against it to tell right from wrong"
+                    )
                 if not value <= allowed:
                     provider.status = f"failed: {name} is {value:.2e} from float64 ({allowed:.2e})"
 

@@ -131,7 +131,7 @@ def plot(results: list[Result]) -> None:
     axes.set_yticks(list(positions), labels)
     axes.invert_yaxis()
     axes.set_xlabel("speed of a training step, best peer = 1")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(PLOT, dpi=120)
     pyplot.close(figure)

@@ -44,9 +44,9 @@ inline DType dtype_of(const char* op, const Tensor& t) {
 // x of an operator: [N, C, H, W], dense channels_last, at least one value.
 inline void check_input(const char* op, const Tensor& x) {
   check(x.dim() == 4, op, ": expected x of 4 dimensions (N, C, H, W), got shape ", shape(x));
+  check(x.numel() > 0, op, ": expected x to hold values, got shape ", shape(x));
   check(is_channels_last(x), op, ": expected x to be dense in channels_last, got shape ", shape(x),
         " with other strides");
-  check(x.numel() > 0, op, ": expected x to hold values, got shape ", shape(x));
   dtype_of(op, x);
 }
 

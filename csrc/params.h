@@ -39,6 +39,7 @@ struct BnForwardParams {
 };
 
 // dx = scale * ((g - offset) - slope * (x - mean)); what batch_norm.h makes of the sums.
+// In evaluation offset and slope are null: dx = scale * g.
 struct BnCoefficients {
   const float* scale;   // [channels]
   const float* offset;  // [channels]

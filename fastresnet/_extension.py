@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import json
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -72,5 +73,8 @@ has_schemas = _cpu_unloaded is None
 # Why the kernels of a device are not active; None where they are.
 cpu_missing: str | None = _disabled() or _cpu_unloaded
 cuda_missing: str | None = _disabled() or _cuda_unloaded
+
+if _cpu_unloaded is not None:
+    warnings.warn(f"fastresnet runs on plain torch: {_cpu_unloaded}", stacklevel=2)
 
 _active = {"cpu": cpu_missing is None, "cuda": cuda_missing is None}

@@ -25,7 +25,6 @@ KERNELS = {  # how many forms of each; every form in three dtypes, packed and no
     "bn_backward_reduce_kernel": 4,
     "bn_backward_kernel": 4,
 }
-WRITES_TENSORS = {"bn_forward_kernel", "bn_backward_kernel"}
 # Beyond this, a multiprocessor holds fewer than 512 threads.
 MOST_REGISTERS = 128
 
@@ -133,11 +132,12 @@ def test_packed_kernels_move_16_bytes_at_a_time(
                 continue
             where = f"{architecture} {function}"
             names = list(kernel.instructions)
-            assert any(re.match(r"LDG\.E\.128", i) for i in names), f"{where}: {names}"
-            if kernel.name in WRITES_TENSORS:
-                assert any(re.match(r"STG\.E\.128", i) for i in names), f"{where}: {names}"
+            assert "LDG.E.128.CONSTANT" in names, f"{where}: {names}"
+            assert "STG.E.128" in names, f"{where}: {names}"
             halves = [i for i in names if re.match(r"(LDG|STG)\.E\.U16", i)]
             assert not halves, f"{where}: single 16-bit values: {halves}"
+            ordered = [i for i in names if re.match(r"STG.*STRONG|LDG.*STRONG\.SYS", i)]
+            assert not ordered, f"{where}: ordered accesses where plain ones would do: {ordered}"
 
 
 def test_no_double_precision(machine_code: dict[str, dict[str, Kernel]]) -> None:

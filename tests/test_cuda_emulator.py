@@ -149,9 +149,7 @@ def run_sample(
 ) -> dict[str, Tensor]:
     """Statistics, forward and backward of one sample; what a form does not have is left out."""
     mean, var = kernels.stats(sample.x)
-    out, mask = kernels.forward(
-        form, sample.x, sample.norm, sample.residual, sample.residual_norm
-    )
+    out, mask = kernels.forward(form, sample.x, sample.norm, sample.residual, sample.residual_norm)
     gradients = kernels.backward(
         form,
         sample.grad,
@@ -347,8 +345,8 @@ PLANTED = {
 def run_planted(emulator: Emulator, name: str) -> None:
     """Runs one of the kernels of planted.cpp under many schedules; raises what it notices."""
     emulator.library.planted_name.restype = ctypes.c_char_p
-    names = iter(lambda count=itertools.count(): emulator.library.planted_name(next(count)), None)
-    index = [text.decode() for text in names].index(name)
+    names = map(emulator.library.planted_name, itertools.count())
+    index = [text.decode() for text in itertools.takewhile(bool, names)].index(name)
     for schedule in [Schedule(), *searching_schedules()]:
         emulator.schedule = schedule
         out, ticket = unwritten((4,), torch.float32), torch.zeros(1, dtype=torch.int32)

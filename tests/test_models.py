@@ -147,7 +147,7 @@ def test_wrong_keyword_arguments_are_refused_as_in_torchvision():
 
 
 def test_weights(monkeypatch):
-    """Weights go through torchvision's enum, by member, by name and by the legacy ``pretrained``."""
+    """Weights go through torchvision's enum: by member, by name, by the legacy ``pretrained``."""
     torch.manual_seed(1)
     state = torchvision.models.resnet18().state_dict()
     weights = models.ResNet18_Weights.IMAGENET1K_V1
@@ -194,24 +194,29 @@ def errors(values, oracle) -> dict[str, float]:
     return {kind: torch.stack(v).mean().sqrt().item() for kind, v in squares.items()}
 
 
-def assert_no_further_from_float64(stock, ours, x, *, autocast=False):
-    """Compares a training step and then an evaluation; stock runs in both layouts."""
-    target = torch.randint(0, 10, (len(x),))
+def assert_no_further_from_float64(stock, ours, inputs, *, autocast=False):
+    """Compares a training step and an evaluation on each of ``inputs``; stock in both layouts.
+
+    Ten logits of one small batch are too few for a ratio of rounding errors to mean anything, so
+    errors are root mean squares over several batches.
+    """
     oracle = copy.deepcopy(stock).double()
     stock_nhwc = copy.deepcopy(stock).to(memory_format=torch.channels_last)
-    for phase in ("train", "eval"):
-        for model in (stock, stock_nhwc, ours, oracle):
-            model.train(phase == "train").zero_grad()
-        expected = step(oracle, x.double(), target)
+    squares = collections.defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
+    for x in inputs:
+        target = torch.randint(0, 10, (len(x),))
         nhwc = x.contiguous(memory_format=torch.channels_last)
-        bars = [
-            errors(step(stock, x, target, autocast), expected),
-            errors(step(stock_nhwc, nhwc, target, autocast), expected),
-        ]
-        got = errors(step(ours, x, target, autocast), expected)
-        for kind, error in got.items():
-            bar = max(b[kind] for b in bars)
-            assert error <= ERROR_RATIO * bar + FLOOR, (phase, kind, error, bar)
+        for phase in ("train", "eval"):
+            for model in (stock, stock_nhwc, ours, oracle):
+                model.train(phase == "train").zero_grad()
+            expected = step(oracle, x.double(), target)
+            runs = ((ours, x), (stock, x), (stock_nhwc, nhwc))
+            for i, (model, images) in enumerate(runs):
+                found = errors(step(model, images, target, autocast), expected)
+                for kind, error in found.items():
+                    squares[phase, kind][i] += error**2 / len(inputs)
+    for case, (error, *bars) in ((case, s.sqrt().tolist()) for case, s in squares.items()):
+        assert error <= ERROR_RATIO * max(bars) + FLOOR, (case, error, bars)
 
 
 PRECISIONS = {
@@ -226,17 +231,17 @@ PRECISIONS = {
 @pytest.mark.parametrize("blocks", ["basic", "bottleneck"])
 def test_numbers(blocks, dtype, autocast):
     stock, ours = pair(blocks=blocks)
-    x = torch.randn(4, 3, 64, 64).to(dtype)
-    assert_no_further_from_float64(stock.to(dtype), ours.to(dtype), x, autocast=autocast)
+    inputs = torch.randn(3, 4, 3, 48, 48).to(dtype)
+    assert_no_further_from_float64(stock.to(dtype), ours.to(dtype), inputs, autocast=autocast)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     blocks=st.sampled_from(["basic", "bottleneck"]),
     layers=st.lists(st.integers(1, 2), min_size=4, max_size=4),
-    batch=st.integers(2, 5),
-    height=st.integers(33, 80),
-    width=st.integers(33, 80),
+    batch=st.integers(2, 4),
+    height=st.integers(33, 48),
+    width=st.integers(33, 48),
     precision=st.sampled_from(list(PRECISIONS)),
     channels_last=st.booleans(),
     zero_init_residual=st.booleans(),
@@ -248,10 +253,10 @@ def test_numbers_of_random_networks(
     dtype, autocast = PRECISIONS[precision]
     stock, ours = pair(layers, blocks, zero_init_residual=zero_init_residual)
     torch.manual_seed(seed)
-    x = torch.randn(batch, 3, height, width).to(dtype)
+    inputs = torch.randn(4, batch, 3, height, width).to(dtype)
     if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    assert_no_further_from_float64(stock.to(dtype), ours.to(dtype), x, autocast=autocast)
+        inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+    assert_no_further_from_float64(stock.to(dtype), ours.to(dtype), inputs, autocast=autocast)
 
 
 def test_numbers_of_vgg():
@@ -259,7 +264,7 @@ def test_numbers_of_vgg():
     features = torchvision.models.vgg.make_layers([16, "M", 32, 32, "M"], batch_norm=True)
     stock = nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
     ours = models.convert(copy.deepcopy(stock))
-    assert_no_further_from_float64(stock, ours, torch.randn(4, 3, 32, 32))
+    assert_no_further_from_float64(stock, ours, torch.randn(3, 4, 3, 32, 32))
 
 
 def test_checkpointing_gives_the_same_gradients():
@@ -434,7 +439,8 @@ for half in x:  # each process's gradients, alone
     model(half).square().mean().backward()
     expected = [e + p.grad / 2 for e, p in zip(expected, model.parameters())]
 model.zero_grad()
-DistributedDataParallel(model)(x[rank]).square().mean().backward()
+parallel = DistributedDataParallel(model)
+parallel(x[rank]).square().mean().backward()
 for (name, p), e in zip(model.named_parameters(), expected):
     torch.testing.assert_close(p.grad, e, rtol=1e-3, atol=1e-5, msg=name)
 dist.destroy_process_group()

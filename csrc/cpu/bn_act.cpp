@@ -60,11 +60,12 @@ struct BatchNorm {
 
 // The coefficients of dx from the sums, and the gradient of weight.
 struct Gradient {
+  bool training;
   std::vector<float> scale, offset, slope;
 
   Gradient(const BatchNorm& bn, const double* sum_g, const double* sum_gx, int64_t rows,
            bool training, float* dweight)
-      : scale(bn.scale.size()), offset(scale.size()), slope(scale.size()) {
+      : training(training), scale(bn.scale.size()), offset(scale.size()), slope(scale.size()) {
     for (size_t c = 0; c < scale.size(); ++c) {
       const auto k = input_gradient<double>(sum_g[c], sum_gx[c], static_cast<double>(rows),
                                             bn.var[c], bn.weight[c], bn.eps, training);
@@ -75,7 +76,10 @@ struct Gradient {
     }
   }
 
-  BnCoefficients coefficients() const { return {scale.data(), offset.data(), slope.data()}; }
+  BnCoefficients coefficients() const {
+    if (!training) return {scale.data(), nullptr, nullptr};
+    return {scale.data(), offset.data(), slope.data()};
+  }
 };
 
 int64_t rows_of(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }

@@ -31,8 +31,8 @@ Queue current_queue(const char* op, const Tensor& x) {
   if (aoti_torch_get_current_cuda_stream(device, &stream) != TORCH_SUCCESS)
     throw std::runtime_error(std::string(op) + ": torch has no current CUDA stream");
   Queue queue{static_cast<cudaStream_t>(stream), 0};
-  check_cuda(op, cudaDeviceGetAttribute(&queue.multiprocessors, cudaDevAttrMultiProcessorCount,
-                                        device));
+  check_cuda(
+      op, cudaDeviceGetAttribute(&queue.multiprocessors, cudaDevAttrMultiProcessorCount, device));
   return queue;
 }
 
@@ -130,8 +130,8 @@ Tensor bn_relu(const Tensor& x, const Tensor& mean, const Tensor& var, const Ten
 std::tuple<Tensor, Tensor> bn_add_relu(const Tensor& x, const Tensor& mean, const Tensor& var,
                                        const Tensor& weight, const Tensor& bias,
                                        const Tensor& residual, double eps, bool /*training*/) {
-  auto [out, mask] = forward("bn_add_relu", Epilogue::add_relu, x,
-                             {mean, var, weight, &bias, eps}, &residual);
+  auto [out, mask] =
+      forward("bn_add_relu", Epilogue::add_relu, x, {mean, var, weight, &bias, eps}, &residual);
   return {out, mask};
 }
 

@@ -67,10 +67,10 @@ struct ForwardParams {
 };
 
 struct BackwardParams {
-  const void* grad;     // [rows, channels]
-  const uint8_t* mask;  // [rows, mask_bytes(channels)], for add_relu and add_bn_relu
-  const void* x;        // [rows, channels]
-  Normalisation norm;   // bias for relu only: its mask is computed again
+  const void* grad;             // [rows, channels]
+  const uint8_t* mask;          // [rows, mask_bytes(channels)], for add_relu and add_bn_relu
+  const void* x;                // [rows, channels]
+  Normalisation norm;           // bias for relu only: its mask is computed again
   const void* residual;         // [rows, channels], for add_bn_relu
   Normalisation residual_norm;  // for add_bn_relu
   void* dx;                     // [rows, channels]
@@ -162,16 +162,19 @@ struct alignas(16) OctetMoments {
     return moments;
   }
 
+  // As merge() of batch_norm.h, but the octet shares one count, so one division and no branch: per
+  // channel they would be most of the work of bn_stats_kernel.
   __device__ __forceinline__ void merge(const OctetMoments& other) {
+    const float total = count + other.count;
+    const float share = total == 0.0f ? 0.0f : other.count / total;
+    const float spread = count * share;
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) {
-      const Moments<float> merged =
-          fastresnet::merge(Moments<float>{count, mean[i], m2[i]},
-                            Moments<float>{other.count, other.mean[i], other.m2[i]});
-      mean[i] = merged.mean;
-      m2[i] = merged.m2;
+      const float delta = other.mean[i] - mean[i];
+      mean[i] = fmaf(delta, share, mean[i]);
+      m2[i] = fmaf(delta * delta, spread, m2[i] + other.m2[i]);
     }
-    count += other.count;
+    count = total;
   }
 };
 
@@ -198,8 +201,8 @@ __global__ void __launch_bounds__(kReduceThreads, kResidentThreads / kReduceThre
   for (int i = 0; i < kOctet; ++i) {
     if (i >= tile.valid) continue;
     const Moments<float> m{moments.count, moments.mean[i], moments.m2[i]};
-    __stwb(p.mean + tile.channel + i, m.mean);
-    __stwb(p.var + tile.channel + i, m.biased_variance());
+    store_global(p.mean + tile.channel + i, m.mean);
+    store_global(p.var + tile.channel + i, m.biased_variance());
   }
 }
 
@@ -238,7 +241,8 @@ __global__ void __launch_bounds__(kPointwiseThreads, kResidentThreads / kPointwi
       [[maybe_unused]] float r[kOctet];
       octets[k].widen(z);
       if constexpr (has_residual(kEpilogue)) residual_octets[k].widen(r);
-      [[maybe_unused]] unsigned passes = 0;  // of a channel that is not there: z is 0, the bit stays clear
+      [[maybe_unused]] unsigned passes =
+          0;  // of a channel that is not there: z is 0, the bit stays clear
 #pragma unroll
       for (int i = 0; i < kOctet; ++i) {
         z[i] = fmaf(z[i], affine[i].scale, affine[i].shift);
@@ -254,7 +258,7 @@ __global__ void __launch_bounds__(kPointwiseThreads, kResidentThreads / kPointwi
       octets[k].narrow(z);
       octets[k].store(out + tile.value_at(row + k * tile.step), tile.valid);
       if constexpr (has_residual(kEpilogue))
-        __stwb(p.mask + tile.mask_at(row + k * tile.step), static_cast<uint8_t>(passes));
+        store_global(p.mask + tile.mask_at(row + k * tile.step), static_cast<uint8_t>(passes));
     }
   });
 }
@@ -352,13 +356,14 @@ __global__ void __launch_bounds__(kReduceThreads, kResidentThreads / kReduceThre
   for (int i = 0; i < kOctet; ++i) {
     if (i >= tile.valid) continue;
     const int64_t c = tile.channel + i;
-    __stwb(p.dbias + c, sums.sum[0][i]);
-    __stwb(p.sum_gx + c, sums.sum[1][i]);
-    __stwb(p.dweight + c, weight_gradient(sums.sum[1][i], __ldg(p.norm.var + c), p.norm.eps));
+    store_global(p.dbias + c, sums.sum[0][i]);
+    store_global(p.sum_gx + c, sums.sum[1][i]);
+    store_global(p.dweight + c, weight_gradient(sums.sum[1][i], __ldg(p.norm.var + c), p.norm.eps));
     if constexpr (kDual) {
       const float var = __ldg(p.residual_norm.var + c);
-      __stwb(p.sum_gr + c, sums.sum[2][i]);
-      __stwb(p.dresidual_weight + c, weight_gradient(sums.sum[2][i], var, p.residual_norm.eps));
+      store_global(p.sum_gr + c, sums.sum[2][i]);
+      store_global(p.dresidual_weight + c,
+                   weight_gradient(sums.sum[2][i], var, p.residual_norm.eps));
     }
   }
 }
@@ -419,8 +424,10 @@ __global__ void __launch_bounds__(kPointwiseThreads, kResidentThreads / kPointwi
       if constexpr (has_residual(kEpilogue)) {
 #pragma unroll
         for (int i = 0; i < kOctet; ++i) {
-          if constexpr (kDual) r[i] = to_dresidual[i](g[i], r[i]);
-          else r[i] = g[i];
+          if constexpr (kDual)
+            r[i] = to_dresidual[i](g[i], r[i]);
+          else
+            r[i] = g[i];
         }
         result.narrow(r);
         result.store(dresidual + at, tile.valid);
@@ -556,10 +563,9 @@ cudaError_t launch_pointwise(void (*kernel)(params_t), params_t p, const Queue& 
 }
 
 inline cudaError_t launch_bn_stats(const StatsParams& p, void* workspace, const Queue& queue) {
-  return dispatch_layout(
-      p.dtype, p.extent.channels, {p.x}, [&]<typename scalar_t, bool kPacked>() {
-        return launch_reduction(bn_stats_kernel<scalar_t, kPacked>, p, workspace, queue);
-      });
+  return dispatch_layout(p.dtype, p.extent.channels, {p.x}, [&]<typename scalar_t, bool kPacked>() {
+    return launch_reduction(bn_stats_kernel<scalar_t, kPacked>, p, workspace, queue);
+  });
 }
 
 inline cudaError_t launch_bn_forward(const ForwardParams& p, const Queue& queue) {

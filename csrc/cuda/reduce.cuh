@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cuda/vec.cuh"
+
 namespace fastresnet::cuda {
 
 constexpr int kWarp = 32;
@@ -71,7 +73,7 @@ struct Partials {
     memcpy(words, &acc, sizeof(acc_t));
     float4* p = at(blockIdx.y);
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i) __stwb(p + i * blockDim.x, words[i]);
+    for (int i = 0; i < kQuads; ++i) store_global(p + i * blockDim.x, words[i]);
   }
 
   // Past the first-level cache: another block wrote it in this launch.

@@ -16,6 +16,17 @@ namespace fastresnet::cuda {
 
 constexpr int kOctet = 8;
 
+// Every store to global memory goes through here, as every load through __ldg or __ldcg: where the
+// emulator of tests/emulator looks on. A plain store, since __stwb is an ordered one under nvcc.
+template <typename T>
+__device__ __forceinline__ void store_global(T* p, T value) {
+#if defined(__CUDACC__)
+  *p = value;
+#else
+  __stwb(p, value);
+#endif
+}
+
 // Two neighbouring values of a storage type: what the conversion instructions take.
 template <typename scalar_t>
 struct Pair;
@@ -77,11 +88,11 @@ struct Octet {
       memcpy(words, values, sizeof(values));
 #pragma unroll
       for (int i = 0; i < kAccesses; ++i)
-        if (i * kPerAccess < valid) __stwb(reinterpret_cast<uint4*>(p) + i, words[i]);
+        if (i * kPerAccess < valid) store_global(reinterpret_cast<uint4*>(p) + i, words[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < kOctet; ++i)
-        if (i < valid) __stwb(p + i, values[i]);
+        if (i < valid) store_global(p + i, values[i]);
     }
   }
 

@@ -121,7 +121,7 @@ def train_recipe(
         folder / "confusion.png",
         test.confusion,
         dataset.classes,
-        title=f"{recipe.name}: {test.accuracy:.2%} of {test.images} test images right",
+        title=f"{recipe.name}: {test.accuracy:.2%} of {test.images:,} test images right",
     )
     write_confusion(folder, test.confusion, dataset.classes)
 

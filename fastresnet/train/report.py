@@ -41,6 +41,8 @@ _STYLE = {
     "grid.color": "#e6e6e6",
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.15,
+    "figure.constrained_layout.h_pad": 0.1,
 }
 
 

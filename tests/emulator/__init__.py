@@ -91,7 +91,9 @@ class Emulator:
         self.skip_memset = False
         self.ticket_error = 0
 
-    def run(self, function: str, arguments: Sequence[object], restype: type | None = None) -> object:
+    def run(
+        self, function: str, arguments: Sequence[object], restype: type | None = None
+    ) -> object:
         """Calls ``function`` of the library. Tensors and lists of tensors become addresses."""
         library = self.library
         library.emulator_reset()

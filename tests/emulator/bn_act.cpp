@@ -28,10 +28,9 @@ void bn_stats(DType dtype, int64_t rows, int64_t channels, int multiprocessors, 
   launch_bn_stats(p, workspace, queue_of(multiprocessors));
 }
 
-void bn_forward(DType dtype, Epilogue epilogue, int64_t rows, int64_t channels,
-                int multiprocessors, const void* x, float* const* norm, float eps,
-                const void* residual, float* const* residual_norm, float residual_eps, void* out,
-                uint8_t* mask) {
+void bn_forward(DType dtype, Epilogue epilogue, int64_t rows, int64_t channels, int multiprocessors,
+                const void* x, float* const* norm, float eps, const void* residual,
+                float* const* residual_norm, float residual_eps, void* out, uint8_t* mask) {
   const ForwardParams p{.x = x,
                         .norm = normalisation(norm, eps),
                         .residual = residual,

@@ -72,7 +72,8 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
           auto* own = static_cast<Arguments*>(lanes[i]);
           if (own == nullptr || own->source > 31) continue;
           const auto* source = static_cast<const Arguments*>(lanes[own->source]);
-          if (source == nullptr) emulator::fail("shuffle from lane %d, not in the mask", own->source);
+          if (source == nullptr)
+            emulator::fail("shuffle from lane %d, not in the mask", own->source);
           own->result = source->value;
         }
       },

@@ -5,21 +5,21 @@
 // global memory until nobody else can run. It shows wrong results, not speed.
 #include "emulator.h"
 
+#include <link.h>
+#include <sys/mman.h>
+#include <ucontext.h>
 #include <algorithm>
 #include <csetjmp>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <link.h>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <set>
 #include <span>
 #include <string>
-#include <sys/mman.h>
-#include <ucontext.h>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -53,7 +53,7 @@ struct Block {
   uint3 index{};
   std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch, with their stacks
   std::span<std::unique_ptr<Fiber>> threads;   // those in use
-  std::vector<char> shared;  // its shared memory while another block runs
+  std::vector<char> shared;                    // its shared memory while another block runs
   int waiting = 0, done = 0;
 };
 
@@ -260,8 +260,10 @@ void run_blocks(int threads) {
       ran |= run_round(*block);
       if (!error.empty()) return;
       if (block->done == threads) {
-        if (next < order.size()) start(*block, order[next++], threads);
-        else block = nullptr;
+        if (next < order.size())
+          start(*block, order[next++], threads);
+        else
+          block = nullptr;
       }
     }
     std::erase(active, nullptr);
@@ -290,8 +292,7 @@ void launch(dim3 grid, dim3 block, const std::function<void()>& body) {
   current = nullptr;
   if (!error.empty()) {  // fibers stopped in the middle start afresh
     for (auto& stopped : pool)
-      for (auto& fiber : stopped->fibers)
-        fiber->started = false;
+      for (auto& fiber : stopped->fibers) fiber->started = false;
   }
 }
 

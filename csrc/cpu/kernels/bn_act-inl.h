@@ -10,7 +10,7 @@
 // Sums run over kTileRows rows in float and are then added up in double, which keeps the error of
 // the total at a few roundings.
 
-constexpr int64_t kTileRows = 128;
+constexpr int64_t kTileRows = 64;
 constexpr int64_t kCacheLine = 64;
 
 // A block of `count` rows from `row`, and where the block lies that comes after it.
@@ -202,18 +202,23 @@ void bn_backward_sums_of(const BnBackwardParams& p, int64_t begin, int64_t end,
   }
 }
 
-// The coefficients of kWidth channels, and dx from them.
+// The coefficients of kWidth channels, and dx from them. Without offset and slope (in evaluation)
+// dx does not depend on x, not even where x is NaN.
 struct InputGradientVec {
+  bool of_statistics;
   Vec mean, scale, offset, slope;
 
   template <class P>
   InputGradientVec(const float* mean, const BnCoefficients& k, int64_t c, P part)
-      : mean(load(mean + c, part)),
+      : of_statistics(k.slope != nullptr),
+        mean(load(mean + c, part)),
         scale(load(k.scale + c, part)),
-        offset(load(k.offset + c, part)),
-        slope(load(k.slope + c, part)) {}
+        offset(of_statistics ? load(k.offset + c, part) : broadcast(0.0f)),
+        slope(of_statistics ? load(k.slope + c, part) : broadcast(0.0f)) {}
 
-  Vec operator()(Vec g, Vec x) const { return scale * ((g - offset) - slope * (x - mean)); }
+  Vec operator()(Vec g, Vec x) const {
+    return of_statistics ? scale * ((g - offset) - slope * (x - mean)) : scale * g;
+  }
 };
 
 template <class T, Epilogue epilogue>

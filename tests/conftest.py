@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test may rely on: fixed random numbers that do not leak from one test to the next, and
+no test that passes because there was nothing to run on."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Machines differ in speed, and the first example compiles or loads what later ones reuse.
+settings.register_profile("fastresnet", deadline=None, derandomize=True)
+settings.load_profile("fastresnet")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_random_numbers():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests are skipped where there is none, but fail if FASTRESNET_REQUIRE_CUDA=1."""
+    if torch.cuda.is_available() or os.environ.get("FASTRESNET_REQUIRE_CUDA") == "1":
+        return
+    for item in items:
+        if "needs_cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no GPU is visible to torch"))

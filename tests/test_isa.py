@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every ISA level that this machine has computes the same, and FASTRESNET_ISA chooses it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastresnet  # noqa: F401
+
+LEVELS = torch.ops.fastresnet.isa_levels()
+
+# Runs one step of every form and dtype and saves what came out.
+STEP = """
+import sys, torch
+from fastresnet import ops
+torch.manual_seed(0)
+results = {"isa": torch.ops.fastresnet.isa()}
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for channels in (64, 19):
+        x, residual, grad = (
+            torch.randn(4, channels, 9, 7).to(dtype).contiguous(memory_format=torch.channels_last)
+            for _ in range(3)
+        )
+        x, residual = x.requires_grad_(), residual.requires_grad_()
+        mean, var = ops.bn_stats(x)
+        residual_mean, residual_var = ops.bn_stats(residual)
+        one, zero = torch.ones(channels), torch.zeros(channels)
+        bn = (x, mean, var, one, zero)
+        outs = {
+            "bn": ops.bn(*bn, training=True),
+            "bn_relu": ops.bn_relu(*bn, training=True),
+            "bn_add_relu": ops.bn_add_relu(*bn, residual, training=True),
+            "bn_add_bn_relu": ops.bn_add_bn_relu(
+                *bn, residual, residual_mean, residual_var, one, zero, training=True
+            ),
+        }
+        for form, out in outs.items():
+            wanted = [x, residual] if "add" in form else [x]
+            gradients = torch.autograd.grad(out, wanted, grad, retain_graph=True)
+            key = f"{form} {dtype} {channels}"
+            results[key] = [mean, var, out.detach(), *gradients]
+torch.save(results, sys.argv[1])
+"""
+
+
+def run(level: str, *args: str, code: str = STEP) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "FASTRESNET_ISA": level}
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("isa")
+    found = {}
+    for level in LEVELS:
+        done = run(level, str(folder / level))
+        assert done.returncode == 0, done.stderr
+        found[level] = torch.load(folder / level)
+    return found
+
+
+def test_there_is_a_level_for_any_processor():
+    assert LEVELS[-1] == "default"
+    assert torch.ops.fastresnet.isa() in LEVELS
+
+
+@pytest.mark.skipif("FASTRESNET_ISA" in os.environ, reason="a level is forced")
+def test_the_best_level_is_chosen():
+    assert torch.ops.fastresnet.isa() == LEVELS[0]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_forced_level_is_used_and_computes_the_same(results, level):
+    assert results[level]["isa"] == level
+    for name, expected in results["default"].items():
+        if name == "isa":
+            continue
+        for ours, theirs in zip(results[level][name], expected, strict=True):
+            # The levels differ in the order of sums and in fused multiply-adds, so a 16-bit result
+            # may round to its neighbour.
+            rounding = torch.finfo(ours.dtype).eps
+            torch.testing.assert_close(ours, theirs, rtol=2 * rounding, atol=8 * rounding, msg=name)
+
+
+def test_an_unknown_level_is_refused_at_import():
+    done = run("sse9", code="import fastresnet")
+    assert done.returncode != 0
+    known = "amx, avx512_bf16, avx512, avx2, default"
+    assert f"ValueError: FASTRESNET_ISA=sse9 is unknown; known levels: {known}" in done.stderr
+
+
+def test_a_level_that_the_processor_lacks_is_refused():
+    known = ["amx", "avx512_bf16", "avx512", "avx2"]
+    lacking = next((level for level in known if level not in LEVELS), None)
+    if lacking is None:
+        pytest.skip("this processor has every level")
+    done = run(lacking, code="import fastresnet")
+    assert done.returncode != 0
+    assert f"FASTRESNET_ISA={lacking}: this processor or system does not support" in done.stderr
