@@ -134,8 +134,8 @@ class Comparison:
                 allowed = ERROR_RATIO * max(self.baseline.errors[name], rounding)
                 if not allowed <= TELLING:
                     raise ValueError(
-                        f"{self.case}: {name} of {self.baseline.name} is {allowed / ERROR_RATIO:.2f} "
-                        "from float64: too far for a check against it to tell right from wrong"
+                        f"{self.case}: the baseline's {name} is {allowed / ERROR_RATIO:.2f} from "
+                        "float64: too far for a check against it to tell right from wrong"
                     )
                 if not value <= allowed:
                     provider.status = f"failed: {name} is {value:.2e} from float64 ({allowed:.2e})"

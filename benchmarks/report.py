@@ -52,8 +52,9 @@ class Result:
         if self.ratio is None:
             return "failed"
         if abs(self.ratio - 1) <= self.noise:
-            return f"no difference ({self.ratio:.2f})"
-        text = f"**{self.ratio:.2f}**" if self.ratio > 1 else f"{self.ratio:.2f} (slower)"
+            text = f"no difference ({self.ratio:.2f})"
+        else:
+            text = f"**{self.ratio:.2f}**" if self.ratio > 1 else f"{self.ratio:.2f} (slower)"
         bar = self.first["bar"]
         return text if bar is None or self.ratio >= bar else f"{text}, below the aim of {bar}"
 

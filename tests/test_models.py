@@ -8,6 +8,7 @@ import copy
 import inspect
 import io
 import pickle
+import statistics
 import subprocess
 import sys
 import warnings
@@ -17,8 +18,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from tolerances import ERROR_RATIO
 from torch import nn
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
@@ -44,8 +46,6 @@ RESNETS = [
 ]
 VGGS = ["vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"]
 
-# No further from float64 than this many times torchvision's own error, as the project promises.
-ERROR_RATIO = 1.5
 # Rounding the float32 statistics of the last layers: with a handful of values a channel torch's
 # error is now and then below it by luck. Relative to each tensor's size.
 FLOOR = 4 * torch.finfo(torch.float32).eps
@@ -100,7 +100,7 @@ def test_same_seed_same_network(name):
         torch.manual_seed(3)
         networks.append(getattr(module, name)(num_classes=11))
     assert_same_state(*networks)
-    torch.nn.init.normal_(networks[0].fc.weight)
+    nn.init.normal_(next(networks[0].parameters()))
     networks[1].load_state_dict(networks[0].state_dict(), strict=True)
     networks[0].load_state_dict(networks[1].state_dict(), strict=True)
     assert_same_state(*networks)
@@ -197,12 +197,14 @@ def errors(values, oracle) -> dict[str, float]:
 def assert_no_further_from_float64(stock, ours, inputs, *, autocast=False):
     """Compares a training step and an evaluation on each of ``inputs``; stock in both layouts.
 
-    Ten logits of one small batch are too few for a ratio of rounding errors to mean anything, so
-    errors are root mean squares over several batches.
+    What is compared is the median over the inputs. Ten logits of one small batch are too few for
+    a ratio of rounding errors to mean anything; and where rounding moves one value across a
+    ReLU's kink, float32 gradients are off by 1e-2 instead of 1e-6, in torchvision's run or in
+    ours, by luck.
     """
     oracle = copy.deepcopy(stock).double()
     stock_nhwc = copy.deepcopy(stock).to(memory_format=torch.channels_last)
-    squares = collections.defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
+    found = collections.defaultdict(lambda: ([], [], []))
     for x in inputs:
         target = torch.randint(0, 10, (len(x),))
         nhwc = x.contiguous(memory_format=torch.channels_last)
@@ -212,10 +214,10 @@ def assert_no_further_from_float64(stock, ours, inputs, *, autocast=False):
             expected = step(oracle, x.double(), target)
             runs = ((ours, x), (stock, x), (stock_nhwc, nhwc))
             for i, (model, images) in enumerate(runs):
-                found = errors(step(model, images, target, autocast), expected)
-                for kind, error in found.items():
-                    squares[phase, kind][i] += error**2 / len(inputs)
-    for case, (error, *bars) in ((case, s.sqrt().tolist()) for case, s in squares.items()):
+                for kind, error in errors(step(model, images, target, autocast), expected).items():
+                    found[phase, kind][i].append(error)
+    for case, values in found.items():
+        error, *bars = map(statistics.median, values)
         assert error <= ERROR_RATIO * max(bars) + FLOOR, (case, error, bars)
 
 
@@ -231,11 +233,12 @@ PRECISIONS = {
 @pytest.mark.parametrize("blocks", ["basic", "bottleneck"])
 def test_numbers(blocks, dtype, autocast):
     stock, ours = pair(blocks=blocks)
-    inputs = torch.randn(3, 4, 3, 48, 48).to(dtype)
+    batches = 3 if dtype == torch.float16 else 5  # torch's float16 convolutions are slow on CPUs
+    inputs = torch.randn(batches, 4, 3, 40, 40).to(dtype)
     assert_no_further_from_float64(stock.to(dtype), ours.to(dtype), inputs, autocast=autocast)
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     blocks=st.sampled_from(["basic", "bottleneck"]),
     layers=st.lists(st.integers(1, 2), min_size=4, max_size=4),
@@ -253,7 +256,7 @@ def test_numbers_of_random_networks(
     dtype, autocast = PRECISIONS[precision]
     stock, ours = pair(layers, blocks, zero_init_residual=zero_init_residual)
     torch.manual_seed(seed)
-    inputs = torch.randn(4, batch, 3, height, width).to(dtype)
+    inputs = torch.randn(5, batch, 3, height, width).to(dtype)
     if channels_last:
         inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
     assert_no_further_from_float64(stock.to(dtype), ours.to(dtype), inputs, autocast=autocast)
@@ -264,7 +267,7 @@ def test_numbers_of_vgg():
     features = torchvision.models.vgg.make_layers([16, "M", 32, 32, "M"], batch_norm=True)
     stock = nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
     ours = models.convert(copy.deepcopy(stock))
-    assert_no_further_from_float64(stock, ours, torch.randn(3, 4, 3, 32, 32))
+    assert_no_further_from_float64(stock, ours, torch.randn(5, 4, 3, 32, 32))
 
 
 def test_checkpointing_gives_the_same_gradients():

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import ERROR_RATIO
 from torch import nn
 from torchvision.models import resnet
 
@@ -17,8 +18,6 @@ from fastresnet import ops
 from fastresnet.nn import BasicBlock, BatchNormAct2d, Bottleneck, FusedSequential
 from fastresnet.nn.batch_norm import PendingBatchNorm, fused_call, materialize
 
-# No further from float64 than this many times torch's own error, as the project promises.
-ERROR_RATIO = 1.5
 # Mean, variance and the parameters' gradients are float32 vectors whatever x's dtype: one unit in
 # the last place of float32, relative to the whole result, is what rounding them once or twice
 # costs. At small sizes torch's error is now and then below it by luck.
@@ -308,6 +307,7 @@ def test_mixed_dtype_residual_is_added_as_torch_does():
     torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize("transform", ["jit_trace", "vmap", "jvp", "fx"])
 def test_transforms_without_a_rule_see_torchs_modules(transform):
     stock = make_block(resnet.BasicBlock, True).eval()
