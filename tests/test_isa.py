@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -49,9 +50,13 @@ torch.save(results, sys.argv[1])
 
 
 def run(level: str, *args: str, code: str = STEP) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "FASTRESNET_ISA": level}
+    # Not from the clone: `python -c` would find its fastresnet/, without the compiled libraries.
     return subprocess.run(
-        [sys.executable, "-c", code, *args], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", code, *args],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FASTRESNET_ISA": level},
+        cwd=tempfile.gettempdir(),
     )
 
 
