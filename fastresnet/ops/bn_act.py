@@ -21,8 +21,8 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Whether the compiled operators take ``x``: float32, bfloat16 or float16 of [N, C, H, W], dense
-    in channels_last, more than one value a channel, on a device whose library is loaded."""
+    """Whether the compiled operators take ``x``: float32, bfloat16 or float16 of [N, C, H, W],
+    dense in channels_last, more than one value a channel, on a device whose library is loaded."""
     return (
         _extension.is_active(x.device.type)
         and x.dtype in _KERNEL_DTYPES
