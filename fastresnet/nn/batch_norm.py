@@ -146,7 +146,7 @@ def to_kernel_layout(x: Any) -> Any:
         not _is_transformed(x)
         and x.dim() == 4
         and _extension.is_active(x.device.type)
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and x.dtype in ops.KERNEL_DTYPES
         and x.numel() > x.shape[1]
     ):
         return x.contiguous(memory_format=torch.channels_last)

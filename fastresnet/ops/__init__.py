@@ -3,9 +3,10 @@
 :mod:`fastresnet.ops.reference`."""
 
 from . import reference
-from .bn_act import bn, bn_add_bn_relu, bn_add_relu, bn_relu, bn_stats, has_kernel
+from .bn_act import KERNEL_DTYPES, bn, bn_add_bn_relu, bn_add_relu, bn_relu, bn_stats, has_kernel
 
 __all__ = [
+    "KERNEL_DTYPES",
     "bn",
     "bn_add_bn_relu",
     "bn_add_relu",

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import _extension
 from . import reference
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def has_kernel(x: Tensor) -> bool:
@@ -25,7 +25,7 @@ def has_kernel(x: Tensor) -> bool:
     dense in channels_last, more than one value a channel, on a device whose library is loaded."""
     return (
         _extension.is_active(x.device.type)
-        and x.dtype in _KERNEL_DTYPES
+        and x.dtype in KERNEL_DTYPES
         and x.dim() == 4
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.numel() > x.shape[1]
