@@ -31,9 +31,11 @@ fashion_mnist.DEBIAN_FOLDER = Path("absent")
 fashion_mnist._download = no_network
 sys.exit(main(sys.argv[1:]))
 """
+# At 4 px the last stage is a stride-2 3x3 convolution on one pixel, whose bfloat16 weight gradient
+# oneDNN leaves partly unwritten (torch 2.14.1): a loss of nan now and then.
 TINY = [
     *("--set", "schedule.epochs=2"),
-    *("--set", "schedule.sizes=4,8"),
+    *("--set", "schedule.sizes=8,16"),
     *("--set", "data.image_size=32"),
     *("--set", "timed_steps=1"),
 ]
@@ -63,7 +65,7 @@ def test_a_whole_run_falls_back_to_digits_and_resumes(
     epochs = [line for line in lines if line.startswith(("epoch 1/2  lr", "epoch 2/2  lr"))]
     assert len(epochs) == 2
     assert sum(line.startswith("test accuracy ") for line in lines) == 1
-    (timing,) = (line for line in lines if line.startswith("training step, batch 64 at 8 px"))
+    (timing,) = (line for line in lines if line.startswith("training step, batch 64 at 16 px"))
     assert "DIFFER" not in timing
 
     folder = tmp_path / "run"
@@ -82,7 +84,7 @@ def test_a_whole_run_falls_back_to_digits_and_resumes(
     for picture in ("curves.png", "confusion.png"):
         assert matplotlib.image.imread(folder / picture).std() > 0.01
     config = json.loads((folder / "config.json").read_text())
-    assert (config["name"], config["schedule"]["sizes"]) == ("digits", [4, 8])
+    assert (config["name"], config["schedule"]["sizes"]) == ("digits", [8, 16])
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["dataset"] == "digits"
     assert summary["test_accuracy"] > 0.2  # chance is 0.1
