@@ -5,11 +5,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "batch_norm.h"
 #include "check.h"
+#include "cpu/bn_vectors.h"
 #include "cpu/isa.h"
 
 namespace fastresnet::cpu {
@@ -35,61 +36,7 @@ struct Partition {
   }
 };
 
-// The [channels] vectors of one batch norm, and what they make of x in the forward.
-struct BatchNorm {
-  const float *mean, *var, *weight, *bias;
-  float eps;
-  std::vector<float> scale, shift;
-
-  BatchNorm(int64_t channels, const float* mean, const float* var, const float* weight,
-            const float* bias, double eps)
-      : mean(mean),
-        var(var),
-        weight(weight),
-        bias(bias),
-        eps(static_cast<float>(eps)),
-        scale(channels),
-        shift(channels) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const auto affine = normalise(mean[c], var[c], weight[c], bias ? bias[c] : 0.0f, this->eps);
-      scale[c] = affine.scale;
-      shift[c] = affine.shift;
-    }
-  }
-};
-
-// The coefficients of dx from the sums, and the gradient of weight.
-struct Gradient {
-  bool training;
-  std::vector<float> scale, offset, slope;
-
-  Gradient(const BatchNorm& bn, const double* sum_g, const double* sum_gx, int64_t rows,
-           bool training, float* dweight)
-      : training(training), scale(bn.scale.size()), offset(scale.size()), slope(scale.size()) {
-    for (size_t c = 0; c < scale.size(); ++c) {
-      const auto k = input_gradient<double>(sum_g[c], sum_gx[c], static_cast<double>(rows),
-                                            bn.var[c], bn.weight[c], bn.eps, training);
-      scale[c] = static_cast<float>(k.scale);
-      offset[c] = static_cast<float>(k.offset);
-      slope[c] = static_cast<float>(k.slope);
-      dweight[c] = static_cast<float>(weight_gradient(sum_gx[c], bn.var[c], bn.eps));
-    }
-  }
-
-  BnCoefficients coefficients() const {
-    if (!training) return {scale.data(), nullptr, nullptr};
-    return {scale.data(), offset.data(), slope.data()};
-  }
-};
-
 int64_t rows_of(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
-
-BatchNorm check_batch_norm(const char* op, const Tensor& x, const Tensor& mean, const Tensor& var,
-                           const Tensor& weight, const Tensor* bias, double eps) {
-  return BatchNorm(x.size(1), check_vector(op, "mean", mean, x), check_vector(op, "var", var, x),
-                   check_vector(op, "weight", weight, x),
-                   bias ? check_vector(op, "bias", *bias, x) : nullptr, eps);
-}
 
 std::tuple<Tensor, Tensor> bn_stats_cpu(const Tensor& x) {
   check_input("bn_stats", x);
@@ -332,12 +279,53 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_relu_backward_cpu(
   return {dx, dweight, to_vector(x, sum_g), dresidual, dresidual_weight};
 }
 
+// The sums that open the backward of a block: of grad where the mask lets it pass, alone and times
+// x - mean, and the same with the residual's.
+std::tuple<Tensor, Tensor> bn_sums_cpu(const Tensor& grad, std::optional<Tensor> mask,
+                                       const Tensor& x, const Tensor& mean,
+                                       std::optional<Tensor> residual,
+                                       std::optional<Tensor> residual_mean) {
+  constexpr const char* op = "bn_sums";
+  check_input(op, x);
+  check_like_input(op, "grad", grad, x);
+  check(residual.has_value() == residual_mean.has_value(), op,
+        ": expected residual with residual_mean");
+  check(mask || !residual, op, ": expected a mask with residual");
+  BnBackwardParams p{};
+  p.grad = grad.const_data_ptr();
+  p.x = x.const_data_ptr();
+  p.mean = check_vector(op, "mean", mean, x);
+  p.rows = rows_of(x);
+  p.channels = x.size(1);
+  p.dtype = dtype_of(op, x);
+  p.epilogue = residual ? Epilogue::add_bn_relu : mask ? Epilogue::add_relu : Epilogue::none;
+  if (mask) p.mask = check_mask(op, *mask, x);
+  if (residual) {
+    check_like_input(op, "residual", *residual, x);
+    p.residual = residual->const_data_ptr();
+    p.residual_mean = check_vector(op, "residual_mean", *residual_mean, x);
+  }
+  const std::vector<double> sums = backward_sums(p);
+  const auto rows = [&](int64_t second) {
+    Tensor out = torch::stable::empty({2, second ? p.channels : 0}, ScalarType::Double,
+                                      std::nullopt, x.device());
+    double* to = out.mutable_data_ptr<double>();
+    if (second) {
+      std::copy_n(&sums[0], p.channels, to);
+      std::copy_n(&sums[second * p.channels], p.channels, to + p.channels);
+    }
+    return out;
+  };
+  return {rows(1), rows(residual ? 2 : 0)};
+}
+
 }  // namespace
 }  // namespace fastresnet::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastresnet, CPU, m) {
   using namespace fastresnet::cpu;
   m.impl("bn_stats", TORCH_BOX(&bn_stats_cpu));
+  m.impl("bn_sums", TORCH_BOX(&bn_sums_cpu));
   m.impl("bn", TORCH_BOX(&bn_cpu));
   m.impl("bn_backward", TORCH_BOX(&bn_backward_cpu));
   m.impl("bn_relu", TORCH_BOX(&bn_relu_cpu));

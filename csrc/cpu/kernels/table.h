@@ -13,7 +13,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
+#include "cpu/conv_params.h"
 #include "params.h"
 
 namespace fastresnet::cpu {
@@ -34,6 +36,28 @@ struct KernelTable {
 
   void (*bn_backward)(const BnBackwardParams& p, const BnCoefficients& x,
                       const BnCoefficients& residual, int64_t begin, int64_t end);
+
+  // Channels of one staged line, which is 64 bytes.
+  int64_t (*conv_line_channels)(DType dtype);
+
+  // One block of 32 columns of the packed weight: output channels, or input channels for the
+  // gradient of x (transposed).
+  void (*conv_pack)(const ConvWeight& weight, const ConvPlan& plan, DType dtype, bool transposed,
+                    int64_t column_block, float* packed);
+
+  // Floats of scratch that a thread needs.
+  int64_t (*conv_forward_scratch)(const ConvPlan& plan, DType dtype);
+  int64_t (*conv_backward_scratch)(const ConvPlan& plan, DType dtype);
+
+  // Blocks [begin, end) of y, and mean and centred sum of squares of their values.
+  // mean, m2: [out_channels].
+  void (*conv_forward)(const ConvForwardParams& p, int64_t begin, int64_t end, float* scratch,
+                       double* mean, double* m2);
+
+  // Blocks [begin, end) of dx, added to dweight [out blocks, in blocks, taps, 32, 32] their share
+  // of the gradient of the weight, and to sums [2, channels] those of dx and dx * (x - x_mean).
+  void (*conv_backward)(const ConvBackwardParams& p, int64_t begin, int64_t end, float* scratch,
+                        float* dweight, double* sums);
 };
 
 // A level is a file isa_LEVEL.cpp that defines its table.

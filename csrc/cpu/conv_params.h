@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the convolution entries hand to their kernels. Activations are [batch, height, width,
+// channels] (channels_last), those of one call all of one dtype.
+#pragma once
+
+#include "cpu/conv_plan.h"
+#include "params.h"
+
+namespace fastresnet::cpu {
+
+// Convolutions work on channels in blocks of this many, zeros filled in where there are fewer.
+constexpr int64_t kChannelBlock = 32;
+
+// Strides up to 4: what kernels keep of each phase has a fixed size.
+constexpr int64_t kMaxStride = 4;
+constexpr int64_t kMaxPhases = kMaxStride * kMaxStride;
+
+constexpr int64_t channel_blocks(int64_t channels) {
+  return (channels + kChannelBlock - 1) / kChannelBlock;
+}
+
+// [out_channels, channels, kernel_height, kernel_width], in any layout.
+struct ConvWeight {
+  const void* data;
+  DType dtype;
+  int64_t strides[4];
+};
+
+struct ConvForwardParams {
+  const ConvPlan* plan;
+  DType dtype;
+  const void* x;
+  const float* scale;  // [channels]: the input is relu(scale * x + shift); null: it is x
+  const float* shift;  // [channels]
+  const float* weight;  // as conv_pack leaves it
+  void* y;
+};
+
+struct ConvBackwardParams {
+  const ConvPlan* plan;
+  DType dtype;
+  const void* grad;          // of what follows the batch norm of y
+  const uint8_t* grad_mask;  // where it passes; null: everywhere
+  const void* y;
+  const float* mean;  // [out_channels], of y
+  BnCoefficients coefficients;
+  const void* x;
+  const float* scale;   // as in the forward; where given, the gradient of scale * x + shift is
+  const float* shift;   // taken and its sums with it
+  const float* x_mean;  // [channels], with scale
+  const float* weight;  // as conv_pack_transposed leaves it
+  const void* addend;   // like x, added to the gradient of x; may be null
+  const uint8_t* addend_mask;  // where it counts; null: everywhere
+  void* dx;                    // null: not wanted
+};
+
+}  // namespace fastresnet::cpu

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/conv_plan.h"
+
+#include <algorithm>
+
+namespace fastresnet::cpu {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
+
+// A 1x1 convolution of stride 1 knows nothing of rows and images: all pixels form one column.
+ConvShape flatten(ConvShape s) {
+  if (s.kernel_height == 1 && s.kernel_width == 1 && s.stride == 1 && s.padding == 0) {
+    s.height = s.out_height = s.batch * s.height * s.width;
+    s.batch = s.width = s.out_width = 1;
+  }
+  return s;
+}
+
+}  // namespace
+
+ConvPlan::ConvPlan(const ConvShape& given, int64_t bytes_a_pixel, int64_t block_bytes,
+                   int64_t threads)
+    : shape(flatten(given)) {
+  const ConvShape& s = shape;
+  int64_t top = 0, bottom = 0, left = 0, right = 0;
+  for (int64_t a = 0; a < s.stride; ++a)
+    for (int64_t b = 0; b < s.stride; ++b) {
+      Phase phase{a, b, ceil_div(s.height - a, s.stride), ceil_div(s.width - b, s.stride),
+                  static_cast<int64_t>(taps.size()), 0};
+      for (int64_t r = 0; r < s.kernel_height; ++r)
+        for (int64_t c = 0; c < s.kernel_width; ++c) {
+          const int64_t row = r * s.dilation - s.padding, column = c * s.dilation - s.padding;
+          const Tap tap{static_cast<int64_t>(phases.size()), floor_div(row, s.stride),
+                        floor_div(column, s.stride), r * s.kernel_width + c};
+          if (row - tap.row * s.stride != a || column - tap.column * s.stride != b) continue;
+          taps.push_back(tap);
+          ++phase.taps;
+          top = std::max(top, -tap.row), bottom = std::max(bottom, tap.row);
+          left = std::max(left, -tap.column), right = std::max(right, tap.column);
+        }
+      phases.push_back(phase);
+    }
+  grid_height = std::max(s.out_height, phases[0].height);
+  grid_width = std::max(s.out_width, phases[0].width);
+  // The gradient of the input reads that of the output in the opposite direction, hence the
+  // larger of both sides.
+  halo = std::max(top, bottom);
+  margin = std::max(left, right);
+  pitch = grid_width + margin;
+
+  const int64_t row_bytes = pitch * bytes_a_pixel;
+  rows = std::clamp<int64_t>(block_bytes / row_bytes - 2 * halo, 1, grid_height);
+  // At least one block a thread, and rows spread evenly over the blocks.
+  const int64_t wanted = std::max(ceil_div(grid_height, rows), ceil_div(threads, s.batch));
+  rows = ceil_div(grid_height, std::min(wanted, grid_height));
+  blocks_an_image = ceil_div(grid_height, rows);
+  images = 1;
+  if (blocks_an_image == 1)
+    images = std::clamp<int64_t>(block_bytes / (row_bytes * (rows + halo)), 1,
+                                 std::max<int64_t>(1, s.batch / threads));
+  blocks = blocks_an_image == 1 ? ceil_div(s.batch, images) : s.batch * blocks_an_image;
+}
+
+ConvBlock ConvPlan::block(int64_t index) const {
+  if (blocks_an_image == 1) {
+    const int64_t image = index * images;
+    return {image, std::min(images, shape.batch - image), 0, grid_height};
+  }
+  const int64_t row = index % blocks_an_image * rows;
+  return {index / blocks_an_image, 1, row, std::min(rows, grid_height - row)};
+}
+
+int64_t ConvPlan::outputs(const ConvBlock& b) const {
+  const int64_t rows_of_output =
+      std::clamp<int64_t>(shape.out_height - b.row, 0, b.rows);
+  return b.images * rows_of_output * shape.out_width;
+}
+
+}  // namespace fastresnet::cpu

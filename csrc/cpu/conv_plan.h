@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a convolution is cut up: the grid that its output and input share, phases, taps and blocks.
+//
+// A convolution of stride s reads the input as s * s phases: the pixels (i * s + a, j * s + b) form
+// phase (a, b), and on phases the convolution has stride 1. A tap of the kernel reads the phase at
+// a fixed distance from the output's place on the grid, so that forward, gradient of the input and
+// gradient of the weight are all products of a matrix of pixels, shifted by that distance.
+//
+// A block is some rows of the grid of some images. It is staged as a plane of pixels whose rows
+// have a pitch of a few more than the grid's width: the zeros at the end of a row are the padding on
+// its right and, at the same time, the padding on the left of the next row. In the same way the
+// zero rows between two images serve both.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace fastresnet::cpu {
+
+struct ConvShape {
+  int64_t batch, height, width, channels;
+  int64_t out_height, out_width, out_channels;
+  int64_t kernel_height, kernel_width, stride, padding, dilation;
+};
+
+struct Phase {
+  int64_t row, column;     // the first pixel's place in the input
+  int64_t height, width;   // of the phase
+  int64_t first_tap, taps;
+};
+
+struct Tap {
+  int64_t phase;
+  int64_t row, column;  // of the phase, less those of the output
+  int64_t weight;       // kernel row * kernel width + kernel column
+};
+
+// What part of the grid a block is.
+struct ConvBlock {
+  int64_t image, images, row, rows;
+};
+
+struct ConvPlan {
+  ConvShape shape;
+  std::vector<Phase> phases;
+  std::vector<Tap> taps;  // by phase
+  int64_t grid_height, grid_width;
+  int64_t halo;             // zero (or neighbouring) rows above, below and between images
+  int64_t margin;           // zero pixels before and behind a plane
+  int64_t pitch;            // pixels from one row of a plane to the next
+  int64_t images, rows;     // of a block, at most
+  int64_t blocks_an_image;  // 1 where a block holds whole images
+  int64_t blocks;
+
+  // block_bytes: what the staged pixels of a block may take, if it has more than one row.
+  ConvPlan(const ConvShape& shape, int64_t bytes_a_pixel, int64_t block_bytes, int64_t threads);
+
+  ConvBlock block(int64_t index) const;
+
+  // Places in a plane, in pixels from its begin.
+  int64_t at(int64_t image, int64_t row, const ConvBlock& b) const {
+    return margin + (halo + image * (b.rows + halo) + row) * pitch;
+  }
+  int64_t distance(const Tap& tap) const { return tap.row * pitch + tap.column; }
+  int64_t plane_pixels() const { return 2 * margin + (halo + images * (rows + halo)) * pitch; }
+  // Pixels of the block whose products count: from the first image's first to the last's last.
+  int64_t span(const ConvBlock& b) const {
+    return (b.images * (b.rows + halo) - halo) * pitch;
+  }
+  // Outputs in a block.
+  int64_t outputs(const ConvBlock& b) const;
+};
+
+}  // namespace fastresnet::cpu

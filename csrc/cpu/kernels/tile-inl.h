@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// The products of small matrices that convolutions are made of, on vector registers.
+//
+// Operands are staged as lines of 64 bytes, 16 elements of 4 bytes. An element is one float, or a
+// pair of neighbouring bf16 that the processor multiplies and adds in one go; all else is the same:
+//   - to multiply, a line is one pixel and its elements are channels (or pairs of channels);
+//   - for the outer product, a line is one pixel (or a pair of pixels) and its elements 16 channels.
+
+constexpr int64_t kLine = 16;
+
+// One float an element: every dtype, on every level.
+struct Single {
+  static constexpr int kDepth = 1;
+
+  static Vec dot(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
+  // A line's values at channel c, and one element of two neighbouring channels' values.
+  static void store_values(float* line, int64_t c, Vec value) { store(line + c, value, Full{}); }
+  static Vec element(Vec first, Vec) { return first; }
+};
+
+#if defined(FASTRESNET_AVX512_BF16)
+// Two bf16 an element.
+struct Pair {
+  static constexpr int kDepth = 2;
+
+  static Vec dot(Vec a, Vec b, Vec sum) {
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_castps_si512(a.v),
+                             (__m512bh)_mm512_castps_si512(b.v))};
+  }
+  static void store_values(float* line, int64_t c, Vec value) {
+    store(reinterpret_cast<BFloat16*>(line) + c, value, Full{});
+  }
+  static Vec element(Vec first, Vec second) {
+    const BFloat16* bf16 = nullptr;
+    const __m512i low = _mm512_cvtepu16_epi32(narrow(bf16, first));
+    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(bf16, second)), 16);
+    return {_mm512_castsi512_ps(_mm512_or_si512(low, high))};
+  }
+  // The lines of two pixels, 32 channels each, as two lines of pairs of pixels, 16 channels each.
+  static void pair_pixels(const float* first, const float* second, float* low, float* high) {
+    const __m512i order =
+        _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+    _mm512_storeu_si512(low, _mm512_permutex2var_epi16(a, order, b));
+    _mm512_storeu_si512(high, _mm512_permutex2var_epi16(
+                                  a, _mm512_add_epi16(order, _mm512_set1_epi16(16)), b));
+  }
+};
+#endif
+
+// Registers of a product's sums: kProductRows x kProductVecs of them, and a few for the operands.
+constexpr bool kManyRegisters = kWidth == 16;
+constexpr int kProductVecs = 2;
+constexpr int kProductColumns = kProductVecs * kWidth;
+constexpr int kProductRows = kManyRegisters ? 14 : 6;
+constexpr int kOuterRows = kManyRegisters ? 8 : 4;
+
+// A matrix of pixels: `chunks` panels of lines, panel_stride floats apart, read once a tap at the
+// tap's distance (floats) from the first pixel.
+struct Pixels {
+  const float* first;
+  int64_t panel_stride;
+  const int64_t* distances;
+  int64_t taps, chunks;
+};
+
+template <class Element, int rows>
+inline void multiply_rows(const Pixels& a, const float* b, float* c) {
+  Vec sums[rows][kProductVecs];
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kProductVecs; ++v) sums[r][v] = broadcast(0.0f);
+  for (int64_t tap = 0; tap < a.taps; ++tap) {
+    const float* lines = a.first + a.distances[tap];
+    for (int64_t chunk = 0; chunk < a.chunks; ++chunk, lines += a.panel_stride)
+      for (int k = 0; k < kLine; ++k, b += kChannelBlock) {
+        Vec columns[kProductVecs];
+#pragma GCC unroll 4
+        for (int v = 0; v < kProductVecs; ++v) columns[v] = load(b + v * kWidth, Full{});
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+          const Vec value = broadcast(lines[r * kLine + k]);
+#pragma GCC unroll 4
+          for (int v = 0; v < kProductVecs; ++v)
+            sums[r][v] = Element::dot(value, columns[v], sums[r][v]);
+        }
+      }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kProductVecs; ++v)
+      store(c + r * kChannelBlock + v * kWidth, sums[r][v], Full{});
+}
+
+template <int rows>
+struct Rows {
+  static constexpr int value = rows;
+};
+
+// c[rows, 32] = the pixels from a.first on, times b [taps, chunks, 16, 32].
+template <class Element>
+inline void multiply(Pixels a, const float* b, float* c, int64_t rows) {
+  const float* first = a.first;
+  for (int64_t column = 0; column < kChannelBlock; column += kProductColumns) {
+    int64_t r = 0;
+    const auto step = [&](auto count) {
+      while (rows - r >= count.value) {
+        a.first = first + r * kLine;
+        multiply_rows<Element, count.value>(a, b + column, c + r * kChannelBlock + column);
+        r += count.value;
+      }
+    };
+    step(Rows<kProductRows>{});
+    if constexpr (kProductRows > 8) step(Rows<8>{});
+    step(Rows<4>{});
+    step(Rows<2>{});
+    step(Rows<1>{});
+  }
+}
+
+// A matrix of pixels of which 32 channels are taken: panels of 16.
+struct Lines {
+  const float* first;
+  int64_t panel_stride;
+};
+
+// c[32, 32] += the sum over `count` lines of a's channels times b's.
+template <class Element>
+inline void outer_product(const Lines& a, const Lines& b, int64_t count, float* c) {
+  for (int64_t row = 0; row < kChannelBlock; row += kOuterRows)
+    for (int64_t column = 0; column < kChannelBlock; column += kProductColumns) {
+      float* tile = c + row * kChannelBlock + column;
+      const float* left = a.first + row / kLine * a.panel_stride + row % kLine;
+      const float* right[kProductVecs];
+      for (int v = 0; v < kProductVecs; ++v) {
+        const int64_t at = column + v * kWidth;
+        right[v] = b.first + at / kLine * b.panel_stride + at % kLine;
+      }
+      Vec sums[kOuterRows][kProductVecs];
+#pragma GCC unroll 16
+      for (int r = 0; r < kOuterRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kProductVecs; ++v)
+          sums[r][v] = load(tile + r * kChannelBlock + v * kWidth, Full{});
+      for (int64_t i = 0; i < count; ++i) {
+        Vec columns[kProductVecs];
+#pragma GCC unroll 4
+        for (int v = 0; v < kProductVecs; ++v) columns[v] = load(right[v] + i * kLine, Full{});
+#pragma GCC unroll 16
+        for (int r = 0; r < kOuterRows; ++r) {
+          const Vec value = broadcast(left[i * kLine + r]);
+#pragma GCC unroll 4
+          for (int v = 0; v < kProductVecs; ++v)
+            sums[r][v] = Element::dot(value, columns[v], sums[r][v]);
+        }
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kOuterRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kProductVecs; ++v)
+          store(tile + r * kChannelBlock + v * kWidth, sums[r][v], Full{});
+    }
+}
