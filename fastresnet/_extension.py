@@ -77,4 +77,7 @@ cuda_missing: str | None = _disabled() or _cuda_unloaded
 if _cpu_unloaded is not None:
     warnings.warn(f"fastresnet runs on plain torch: {_cpu_unloaded}", stacklevel=2)
 
+# The ISA level in use, "" where the CPU library is not loaded.
+cpu_level: str = torch.ops.fastresnet.isa() if has_schemas else ""
+
 _active = {"cpu": cpu_missing is None, "cuda": cuda_missing is None}

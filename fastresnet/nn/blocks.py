@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 from .batch_norm import PendingBatchNorm, add_relu, fused_call, has_hooks
+from .residual import Link, residual_block
 from .sequential import FusedSequential
 
 
@@ -31,6 +32,11 @@ class BasicBlock(resnet.BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inplanes, H, W] -> [N, planes, H / stride, W / stride]."""
+        links = [Link(self.conv1, self.bn1), Link(self.conv2, self.bn2)]
+        fused = residual_block(links, self.relu, self.downsample, x)
+        if fused is not None:
+            return fused
+
         out = self.conv1(x)
         out = fused_call(self.bn1, out)
         out = fused_call(self.relu, out)
@@ -46,6 +52,11 @@ class Bottleneck(resnet.Bottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inplanes, H, W] -> [N, 4 * planes, H / stride, W / stride]."""
+        links = [Link(self.conv1, self.bn1), Link(self.conv2, self.bn2), Link(self.conv3, self.bn3)]
+        fused = residual_block(links, self.relu, self.downsample, x)
+        if fused is not None:
+            return fused
+
         out = self.conv1(x)
         out = fused_call(self.bn1, out)
         out = fused_call(self.relu, out)

@@ -4,14 +4,22 @@
 
 from . import reference
 from .bn_act import KERNEL_DTYPES, bn, bn_add_bn_relu, bn_add_relu, bn_relu, bn_stats, has_kernel
+from .conv import bn_sums, conv_bn_backward, conv_stats, has_conv_kernel
+from .reference import ConvGradients, Normalized
 
 __all__ = [
     "KERNEL_DTYPES",
+    "ConvGradients",
+    "Normalized",
     "bn",
     "bn_add_bn_relu",
     "bn_add_relu",
     "bn_relu",
     "bn_stats",
+    "bn_sums",
+    "conv_bn_backward",
+    "conv_stats",
+    "has_conv_kernel",
     "has_kernel",
     "reference",
 ]

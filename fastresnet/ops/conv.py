@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convolutions in one pass: the batch norm and ReLU in front of one are computed as its input is
+read, the statistics of its output as that is written, and a backward gives the gradients of input,
+weight and batch norm together.
+
+These are the parts that a residual block is made of (:mod:`fastresnet.nn.residual` joins them into
+one autograd node). They carry no autograd of their own.
+
+Where :func:`has_conv_kernel` is false the twins in :mod:`fastresnet.ops.reference` run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _extension
+from . import reference
+from .bn_act import KERNEL_DTYPES, has_kernel
+from .reference import ConvGradients, Normalized
+
+# Which dtypes a level's kernels are made for; elsewhere torch's convolutions are the better ones.
+_LEVEL_DTYPES = {
+    "amx": (torch.float32,),
+    "avx512_bf16": (torch.float32, torch.bfloat16),
+    "avx512": (torch.float32,),
+}
+
+
+def has_conv_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether the compiled convolutions take ``x`` and ``weight``, and are meant for this
+    processor: a CPU tensor that :func:`fastresnet.ops.has_kernel` accepts, ``weight`` of float32,
+    bfloat16 or float16."""
+    return (
+        x.device.type == "cpu"
+        and has_kernel(x)
+        and weight.device == x.device
+        and weight.dtype in KERNEL_DTYPES
+        and x.dtype in _LEVEL_DTYPES.get(_extension.cpu_level, ())
+    )
+
+
+def conv_stats(
+    x: Tensor | Normalized,
+    weight: Tensor,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolution of ``x``, or of ``relu(batch norm)`` of it, and its output's statistics.
+
+    Args:
+        x: [N, C, H, W], or the same with the batch norm to apply first.
+        weight: [K, C, height, width]; used in the dtype of ``x``.
+        stride, padding, dilation: as in :func:`torch.nn.functional.conv2d`, for both dimensions.
+
+    Returns:
+        y [N, K, H', W'] in the dtype of ``x``, channels_last; mean and biased variance of its
+        channels, float32 [K].
+
+    Raises:
+        ValueError: shapes do not fit each other.
+    """
+    source, bn = (x.x, x) if isinstance(x, Normalized) else (x, None)
+    if not has_conv_kernel(source, weight):
+        return reference.conv_stats(
+            x, weight, stride=stride, padding=padding, dilation=dilation
+        )
+    return torch.ops.fastresnet.conv_stats.default(
+        source, *_prologue(bn), weight, stride, padding, dilation
+    )
+
+
+def bn_sums(
+    grad: Tensor,
+    mask: Tensor | None,
+    x: Tensor,
+    mean: Tensor,
+    residual: Tensor | None = None,
+    residual_mean: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The sums that the backward of a batch norm begins with.
+
+    Args:
+        grad: like ``x``, the gradient behind the batch norm.
+        mask: uint8 [N, H, W, C / 8], a bit for each value of ``grad`` that counts; None: all.
+        x, mean: the batch norm's input and its mean.
+        residual, residual_mean: the same of a second batch norm under the same gradient.
+
+    Returns:
+        float64 [2, C], the sums of ``g`` and of ``g * (x - mean)``; the same for the residual, or
+        None.
+    """
+    if not has_kernel(x):
+        return reference.bn_sums(grad, mask, x, mean, residual, residual_mean)
+    sums, residual_sums = torch.ops.fastresnet.bn_sums.default(
+        grad, mask, x, mean, residual, residual_mean
+    )
+    return sums, residual_sums if residual is not None else None
+
+
+def conv_bn_backward(
+    grad: Tensor,
+    mask: Tensor | None,
+    sums: Tensor,
+    y: Normalized,
+    x: Tensor | Normalized,
+    weight: Tensor,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    addend: Tensor | None = None,
+    addend_mask: Tensor | None = None,
+    wants_dx: bool = True,
+) -> ConvGradients:
+    """Backward of a convolution and the batch norm behind it.
+
+    Args:
+        grad, mask, sums: the gradient behind the batch norm, as in :func:`bn_sums`.
+        y: the convolution's output and its batch norm.
+        x, weight, stride, padding, dilation: as in :func:`conv_stats`.
+        addend: like ``x``, added to its gradient; with ``addend_mask`` only where its bit is set.
+            Not together with a batch norm in ``x``.
+        wants_dx: whether the gradient of ``x`` is needed.
+
+    Returns:
+        The gradients. Where ``x`` has a batch norm, its gradient is the one behind that.
+    """
+    source, bn = (x.x, x) if isinstance(x, Normalized) else (x, None)
+    if not has_conv_kernel(source, weight):
+        return reference.conv_bn_backward(
+            *(grad, mask, sums, y, x, weight),
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            addend=addend,
+            addend_mask=addend_mask,
+            wants_dx=wants_dx,
+        )
+    dx, dweight, dbn_weight, dbn_bias, x_sums = torch.ops.fastresnet.conv_bn_backward.default(
+        *(grad, mask, sums, y.x, y.mean, y.var, y.weight, y.eps, y.training),
+        *(source, *_prologue(bn), weight, addend, addend_mask),
+        *(stride, padding, dilation, wants_dx),
+    )
+    return ConvGradients(
+        dx if wants_dx else None,
+        dweight,
+        dbn_weight,
+        dbn_bias,
+        x_sums if bn is not None and wants_dx else None,
+    )
+
+
+def _prologue(bn: Normalized | None) -> tuple:
+    if bn is None:
+        return None, None, None, None, 0.0
+    return bn.mean, bn.var, bn.weight, bn.bias, bn.eps
+
+
+if _extension.has_schemas:
+
+    @torch.library.register_fake("fastresnet::conv_stats")
+    def _(x, x_mean, x_var, x_weight, x_bias, x_eps, weight, stride, padding, dilation):
+        size = [
+            (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for side, kernel in zip(x.shape[2:], weight.shape[2:], strict=True)
+        ]
+        y = x.new_empty((x.shape[0], weight.shape[0], *size))
+        mean = x.new_empty(weight.shape[0], dtype=torch.float32)
+        return y.contiguous(memory_format=torch.channels_last), mean, torch.empty_like(mean)
+
+    @torch.library.register_fake("fastresnet::bn_sums")
+    def _(grad, mask, x, mean, residual, residual_mean):
+        channels = x.shape[1]
+        sums = x.new_empty((2, channels), dtype=torch.float64)
+        return sums, x.new_empty((2, 0 if residual is None else channels), dtype=torch.float64)
+
+    @torch.library.register_fake("fastresnet::conv_bn_backward")
+    def _(grad, grad_mask, sums, y, mean, var, bn_weight, eps, training, x, x_mean, *rest):
+        weight, wants_dx = rest[4], rest[-1]
+        dx = torch.empty_like(x, memory_format=torch.channels_last) if wants_dx else x.new_empty(0)
+        x_sums = x.shape[1] if wants_dx and x_mean is not None else 0
+        vector = x.new_empty(y.shape[1], dtype=torch.float32)
+        return (
+            *(dx, torch.empty_like(weight), vector, torch.empty_like(vector)),
+            x.new_empty((2, x_sums), dtype=torch.float64),
+        )
