@@ -56,8 +56,9 @@ struct Gradient {
   }
 };
 
-inline BatchNorm check_batch_norm(const char* op, const Tensor& x, const Tensor& mean, const Tensor& var,
-                           const Tensor& weight, const Tensor* bias, double eps) {
+inline BatchNorm check_batch_norm(const char* op, const Tensor& x, const Tensor& mean,
+                                  const Tensor& var, const Tensor& weight, const Tensor* bias,
+                                  double eps) {
   return BatchNorm(x.size(1), check_vector(op, "mean", mean, x), check_vector(op, "var", var, x),
                    check_vector(op, "weight", weight, x),
                    bias ? check_vector(op, "bias", *bias, x) : nullptr, eps);

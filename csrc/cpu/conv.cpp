@@ -72,7 +72,7 @@ ConvShape check_conv(const char* op, const Tensor& x, const Tensor& weight, int6
         ", got ", stride);
   check(padding >= 0 && dilation >= 1, op, ": expected padding >= 0 and dilation >= 1, got ",
         padding, " and ", dilation);
-  ConvShape s{x.size(0),      x.size(2),      x.size(3), x.size(1), 0,      0,
+  ConvShape s{x.size(0),      x.size(2),      x.size(3),      x.size(1), 0,       0,
               weight.size(0), weight.size(2), weight.size(3), stride,    padding, dilation};
   s.out_height = output_size(s.height, s.kernel_height, stride, padding, dilation);
   s.out_width = output_size(s.width, s.kernel_width, stride, padding, dilation);
@@ -98,15 +98,13 @@ int64_t staged_bytes(int64_t channels, DType dtype) {
 
 ConvPlan forward_plan(const ConvShape& s, DType dtype) {
   const int64_t phases = std::min(s.stride * s.stride, s.kernel_height * s.kernel_width);
-  return ConvPlan(s, phases * staged_bytes(s.channels, dtype), second_level_cache() / 4,
-                  threads());
+  return ConvPlan(s, phases * staged_bytes(s.channels, dtype), second_level_cache() / 4, threads());
 }
 
 ConvPlan backward_plan(const ConvShape& s, DType dtype) {
   const int64_t phases = std::min(s.stride * s.stride, s.kernel_height * s.kernel_width);
-  return ConvPlan(
-      s, phases * staged_bytes(s.channels, dtype) + staged_bytes(s.out_channels, dtype),
-      second_level_cache() / 4, threads());
+  return ConvPlan(s, phases * staged_bytes(s.channels, dtype) + staged_bytes(s.out_channels, dtype),
+                  second_level_cache() / 4, threads());
 }
 
 // The weight in the order in which the kernels read it, in the calling thread's memory.
@@ -120,7 +118,8 @@ const float* pack(const Tensor& weight, const ConvPlan& plan, DType dtype, bool 
   const int64_t block = s.kernel_height * s.kernel_width * elements * kChannelBlock;
   const int64_t blocks = channel_blocks(columns);
   float* packed = scratch.floats(blocks * block);
-  const ConvWeight view{weight.const_data_ptr(), dtype_of("conv", weight),
+  const ConvWeight view{weight.const_data_ptr(),
+                        dtype_of("conv", weight),
                         {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)}};
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
@@ -147,10 +146,12 @@ std::optional<BatchNorm> check_prologue(const char* op, const Tensor& x,
   return check_batch_norm(op, x, *mean, *var, *weight, &*bias, eps);
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(
-    const Tensor& x, std::optional<Tensor> x_mean, std::optional<Tensor> x_var,
-    std::optional<Tensor> x_weight, std::optional<Tensor> x_bias, double x_eps,
-    const Tensor& weight, int64_t stride, int64_t padding, int64_t dilation) {
+std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(const Tensor& x, std::optional<Tensor> x_mean,
+                                                  std::optional<Tensor> x_var,
+                                                  std::optional<Tensor> x_weight,
+                                                  std::optional<Tensor> x_bias, double x_eps,
+                                                  const Tensor& weight, int64_t stride,
+                                                  int64_t padding, int64_t dilation) {
   constexpr const char* op = "conv_stats";
   const ConvShape s = check_conv(op, x, weight, stride, padding, dilation);
   const std::optional<BatchNorm> prologue =
@@ -159,9 +160,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(
   const ConvPlan plan = forward_plan(s, dtype);
   const KernelTable& table = kernels();
 
-  Tensor y = torch::stable::empty({s.batch, s.out_channels, s.out_height, s.out_width},
-                                  x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-                                  MemoryFormat::ChannelsLast);
+  Tensor y =
+      torch::stable::empty({s.batch, s.out_channels, s.out_height, s.out_width}, x.scalar_type(),
+                           std::nullopt, x.device(), std::nullopt, MemoryFormat::ChannelsLast);
   ConvForwardParams p{};
   p.plan = &plan;
   p.dtype = dtype;
@@ -305,8 +306,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_backward_cpu(
   static thread_local Scratch shares_scratch;
   const int64_t parts = std::min(threads(), plan.blocks);
   const int64_t scratch = table.conv_backward_scratch(plan, dtype);
-  const int64_t share = padded(s.out_channels) * padded(s.channels) *
-                        static_cast<int64_t>(plan.taps.size());
+  const int64_t share =
+      padded(s.out_channels) * padded(s.channels) * static_cast<int64_t>(plan.taps.size());
   float* shares = shares_scratch.floats(parts * share);
   std::vector<double> x_sums(parts * 2 * s.channels);
   parallel(parts, [&](int64_t part) {

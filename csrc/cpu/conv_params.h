@@ -30,8 +30,8 @@ struct ConvForwardParams {
   const ConvPlan* plan;
   DType dtype;
   const void* x;
-  const float* scale;  // [channels]: the input is relu(scale * x + shift); null: it is x
-  const float* shift;  // [channels]
+  const float* scale;   // [channels]: the input is relu(scale * x + shift); null: it is x
+  const float* shift;   // [channels]
   const float* weight;  // as conv_pack leaves it
   void* y;
 };

@@ -27,8 +27,12 @@ ConvPlan::ConvPlan(const ConvShape& given, int64_t bytes_a_pixel, int64_t block_
   int64_t top = 0, bottom = 0, left = 0, right = 0;
   for (int64_t a = 0; a < s.stride; ++a)
     for (int64_t b = 0; b < s.stride; ++b) {
-      Phase phase{a, b, ceil_div(s.height - a, s.stride), ceil_div(s.width - b, s.stride),
-                  static_cast<int64_t>(taps.size()), 0};
+      Phase phase{a,
+                  b,
+                  ceil_div(s.height - a, s.stride),
+                  ceil_div(s.width - b, s.stride),
+                  static_cast<int64_t>(taps.size()),
+                  0};
       for (int64_t r = 0; r < s.kernel_height; ++r)
         for (int64_t c = 0; c < s.kernel_width; ++c) {
           const int64_t row = r * s.dilation - s.padding, column = c * s.dilation - s.padding;
@@ -73,8 +77,7 @@ ConvBlock ConvPlan::block(int64_t index) const {
 }
 
 int64_t ConvPlan::outputs(const ConvBlock& b) const {
-  const int64_t rows_of_output =
-      std::clamp<int64_t>(shape.out_height - b.row, 0, b.rows);
+  const int64_t rows_of_output = std::clamp<int64_t>(shape.out_height - b.row, 0, b.rows);
   return b.images * rows_of_output * shape.out_width;
 }
 

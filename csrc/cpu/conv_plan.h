@@ -7,8 +7,8 @@
 // gradient of the weight are all products of a matrix of pixels, shifted by that distance.
 //
 // A block is some rows of the grid of some images. It is staged as a plane of pixels whose rows
-// have a pitch of a few more than the grid's width: the zeros at the end of a row are the padding on
-// its right and, at the same time, the padding on the left of the next row. In the same way the
+// have a pitch of a few more than the grid's width: the zeros at the end of a row are the padding
+// on its right and, at the same time, the padding on the left of the next row. In the same way the
 // zero rows between two images serve both.
 #pragma once
 
@@ -24,8 +24,8 @@ struct ConvShape {
 };
 
 struct Phase {
-  int64_t row, column;     // the first pixel's place in the input
-  int64_t height, width;   // of the phase
+  int64_t row, column;    // the first pixel's place in the input
+  int64_t height, width;  // of the phase
   int64_t first_tap, taps;
 };
 
@@ -64,9 +64,7 @@ struct ConvPlan {
   int64_t distance(const Tap& tap) const { return tap.row * pitch + tap.column; }
   int64_t plane_pixels() const { return 2 * margin + (halo + images * (rows + halo)) * pitch; }
   // Pixels of the block whose products count: from the first image's first to the last's last.
-  int64_t span(const ConvBlock& b) const {
-    return (b.images * (b.rows + halo) - halo) * pitch;
-  }
+  int64_t span(const ConvBlock& b) const { return (b.images * (b.rows + halo) - halo) * pitch; }
   // Outputs in a block.
   int64_t outputs(const ConvBlock& b) const;
 };

@@ -8,6 +8,7 @@ block's input, the raw outputs, vectors, and one bit for each value of the block
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -57,44 +58,68 @@ def residual_block(
     ):
         return None
     projection = _as_link(downsample) if downsample is not None else None
-    if (downsample is not None and projection is None) or not all(
-        _is_plain(link, x) for link in (*links, projection) if link is not None
-    ):
+    if downsample is not None and projection is None:
         return None
-    if projection is None and (
-        x.shape[1] != links[-1].conv.out_channels
-        or any(link.conv.stride != (1, 1) for link in links)
-    ):
+    every = links if projection is None else [*links, projection]
+    if not all(_is_plain(link, x) for link in every):
+        return None
+    counts = _values_a_channel(links, projection, x)
+    # Torch has its own words for one value a channel, and for branches that do not fit.
+    if min(counts) < 2 or not _channels_fit(links, projection, x):
+        return None
+    if projection is None and counts[-1] * x.shape[1] != x.numel():
+        return None
+    if projection is not None and _uses_batch(projection.bn) != _uses_batch(links[-1].bn):
         return None
 
     parameters = [
         parameter
-        for link in (*links, projection)
-        if link is not None
+        for link in every
         for parameter in (link.conv.weight, link.bn.weight, link.bn.bias)
     ]
     out, *statistics = _ResidualBlock.apply(links, projection, x, *parameters)
-    count = out.numel() // out.shape[1]
-    for index, link in enumerate((*links, projection)):
-        if link is not None and link.bn.training and link.bn.track_running_stats:
+    for index, link in enumerate(every):
+        if link.bn.training and link.bn.track_running_stats:
             mean, var = statistics[2 * index : 2 * index + 2]
-            _update_running_stats(link.bn, mean, var, _outputs(links, index, x, count))
+            _update_running_stats(link.bn, mean, var, counts[index])
     return out
 
 
-def _outputs(links: list[Link], index: int, x: Tensor, last: int) -> int:
-    """Values a channel of a link's output; ``last`` is that of the block's."""
-    if index >= len(links) - 1:
-        return last
-    height, width = x.shape[2:]
-    for conv, _bn in links[: index + 1]:
-        height, width = (
-            (side + 2 * conv.padding[0] - conv.dilation[0] * (conv.kernel_size[d] - 1) - 1)
-            // conv.stride[0]
-            + 1
-            for d, side in enumerate((height, width))
-        )
-    return x.shape[0] * height * width
+def _values_a_channel(links: list[Link], projection: Link | None, x: Tensor) -> list[int]:
+    """How many values each channel of each link's output has."""
+    counts = []
+    sizes = x.shape[2:]
+    for link in links:
+        sizes = _output_sizes(link.conv, sizes)
+        counts.append(x.shape[0] * sizes[0] * sizes[1])
+    if projection is not None:
+        # The ends of both branches must have one shape to be added.
+        counts.append(counts[-1] if _output_sizes(projection.conv, x.shape[2:]) == sizes else 0)
+    return counts
+
+
+def _output_sizes(conv: nn.Conv2d, sizes: Iterable[int]) -> list[int]:
+    (stride, *_), (padding, *_), (dilation, *_) = conv.stride, conv.padding, conv.dilation
+    return [
+        max(0, (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
+        for size, kernel in zip(sizes, conv.kernel_size, strict=True)
+    ]
+
+
+def _channels_fit(links: list[Link], projection: Link | None, x: Tensor) -> bool:
+    channels = x.shape[1]
+    for link in links:
+        if link.conv.in_channels != channels:
+            return False
+        channels = link.conv.out_channels
+    if projection is None:
+        return channels == x.shape[1]
+    return (projection.conv.in_channels, projection.conv.out_channels) == (x.shape[1], channels)
+
+
+def _uses_batch(bn: nn.BatchNorm2d) -> bool:
+    """Whether it normalises by the batch's own statistics."""
+    return bn.training or bn.running_mean is None
 
 
 def _as_link(downsample: nn.Module) -> Link | None:
@@ -140,7 +165,7 @@ class _ResidualBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, links: list[Link], projection: Link | None, x: Tensor, *parameters):
-        every = [*links, projection] if projection is not None else list(links)
+        every = links if projection is None else [*links, projection]
         outputs: list[Normalized] = []
         for index, link in enumerate(every):
             conv_weight, bn_weight, bn_bias = parameters[3 * index : 3 * index + 3]
@@ -148,7 +173,7 @@ class _ResidualBlock(torch.autograd.Function):
             y, mean, var = ops.conv_stats(
                 outputs[-1] if chained else x, conv_weight, **link.geometry
             )
-            training = link.bn.training or link.bn.running_mean is None
+            training = _uses_batch(link.bn)
             if not training:
                 mean, var = link.bn.running_mean.float(), link.bn.running_var.float()
             outputs.append(
@@ -186,9 +211,7 @@ class _ResidualBlock(torch.autograd.Function):
             return (None,) * (3 + 3 * count)
         x, mask, *saved = ctx.saved_tensors
         weights, saved = saved[:count], saved[count:]
-        outputs = [
-            Normalized(*saved[5 * i : 5 * i + 5], *ctx.rest[i]) for i in range(count)
-        ]
+        outputs = [Normalized(*saved[5 * i : 5 * i + 5], *ctx.rest[i]) for i in range(count)]
         grad = grad.contiguous(memory_format=torch.channels_last)
         wants_dx = ctx.needs_input_grad[2]
         gradients: list[Tensor | None] = [None] * (3 * count)

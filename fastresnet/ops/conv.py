@@ -64,9 +64,7 @@ def conv_stats(
     """
     source, bn = (x.x, x) if isinstance(x, Normalized) else (x, None)
     if not has_conv_kernel(source, weight):
-        return reference.conv_stats(
-            x, weight, stride=stride, padding=padding, dilation=dilation
-        )
+        return reference.conv_stats(x, weight, stride=stride, padding=padding, dilation=dilation)
     return torch.ops.fastresnet.conv_stats.default(
         source, *_prologue(bn), weight, stride, padding, dilation
     )

@@ -100,8 +100,8 @@ inline Source source_of_output(const ConvPlan& plan) {
 
 inline Source source_of_phase(const ConvPlan& plan, const Phase& phase) {
   const ConvShape& s = plan.shape;
-  return {phase.height,        phase.width, s.height * s.width, s.stride * s.width,
-          s.stride,            phase.row * s.width + phase.column};
+  return {phase.height,       phase.width, s.height * s.width,
+          s.stride * s.width, s.stride,    phase.row * s.width + phase.column};
 }
 
 // The whole plane of a block, its halo included, zeros wherever there is no value.
@@ -373,8 +373,8 @@ void conv_forward_of(const ConvForwardParams& p, int64_t begin, int64_t end, flo
           const int64_t rows = std::min<int64_t>(kStoreRows, places - place);
           const Runs runs(plan, block, output, image, place, rows);
           if (runs.count == 0) continue;
-          const float* first = planes[plan.taps[0].phase].lines +
-                               (plan.at(image, 0, block) + place) * kLine;
+          const float* first =
+              planes[plan.taps[0].phase].lines + (plan.at(image, 0, block) + place) * kLine;
           multiply<E>({first, planes[plan.taps[0].phase].panel_stride, distances, taps, chunks},
                       p.weight + n * weight_block, tile, rows);
           store_output(tile, runs, n * kChannelBlock, set_shift);
@@ -405,8 +405,9 @@ inline Lines outer_lines(const Plane& plane, int64_t from, int64_t count, float*
     for (int64_t panel = 0; panel < plane.panels; ++panel, scratch += 2 * stride) {
       const float* pixel = plane.lines + panel * plane.panel_stride + from * kLine;
       for (int64_t i = 0; i < pairs; ++i)
-        E::pair_pixels(pixel + 2 * i * kLine, 2 * i + 1 < count ? pixel + (2 * i + 1) * kLine : none,
-                       scratch + i * kLine, scratch + stride + i * kLine);
+        E::pair_pixels(pixel + 2 * i * kLine,
+                       2 * i + 1 < count ? pixel + (2 * i + 1) * kLine : none, scratch + i * kLine,
+                       scratch + stride + i * kLine);
     }
     return lines;
   }
@@ -447,8 +448,7 @@ void conv_backward_of(const ConvBackwardParams& p, int64_t begin, int64_t end, f
   const int64_t tap_block = chunks * kLine * kChannelBlock;
   for (int64_t index = begin; index < end; ++index) {
     const ConvBlock block = plan.block(index);
-    stage_plane<E>(plan, block, source_of_output(plan), gradients, s.out_channels,
-                   output_gradient);
+    stage_plane<E>(plan, block, source_of_output(plan), gradients, s.out_channels, output_gradient);
     for (int64_t i = 0; i < phases; ++i)
       if (plan.phases[i].taps)
         stage_plane<E>(plan, block, source_of_phase(plan, plan.phases[i]), planes[i], s.channels,
@@ -466,11 +466,10 @@ void conv_backward_of(const ConvBackwardParams& p, int64_t begin, int64_t end, f
             const int64_t rows = std::min<int64_t>(kStoreRows, places - place);
             const Runs runs(plan, block, input, image, place, rows);
             if (runs.count == 0) continue;
-            const float* first =
-                gradients.lines + (plan.at(image, 0, block) + place) * kLine;
-            multiply<E>({first, gradients.panel_stride, distances + phase.first_tap, phase.taps,
-                         chunks},
-                        weight, tile, rows);
+            const float* first = gradients.lines + (plan.at(image, 0, block) + place) * kLine;
+            multiply<E>(
+                {first, gradients.panel_stride, distances + phase.first_tap, phase.taps, chunks},
+                weight, tile, rows);
             store_gradient(tile, runs, c * kChannelBlock);
           }
       }
@@ -495,10 +494,9 @@ void conv_backward_of(const ConvBackwardParams& p, int64_t begin, int64_t end, f
             const int64_t at = from + plan.distance(plan.taps[t]);
             Lines shifted = right[at % E::kDepth];
             shifted.first += 2 * c * shifted.panel_stride + at / E::kDepth * kLine;
-            outer_product<E>({left.first + 2 * n * left.panel_stride, left.panel_stride}, shifted,
-                             steps,
-                             dweight + ((n * in_blocks + c) * taps + t) * kChannelBlock *
-                                           kChannelBlock);
+            outer_product<E>(
+                {left.first + 2 * n * left.panel_stride, left.panel_stride}, shifted, steps,
+                dweight + ((n * in_blocks + c) * taps + t) * kChannelBlock * kChannelBlock);
           }
     }
   }
@@ -516,7 +514,8 @@ inline void load_weights(const ConvWeight& weight, int64_t n, int64_t c, int64_t
   const W* from = static_cast<const W*>(weight.data) + n * weight.strides[0] +
                   c * weight.strides[1] + tap_offset;
   if (stride == 1 && count == kChannelBlock) {
-    for (int64_t i = 0; i < kChannelBlock; i += kWidth) store(values + i, load(from + i, Full{}), Full{});
+    for (int64_t i = 0; i < kChannelBlock; i += kWidth)
+      store(values + i, load(from + i, Full{}), Full{});
     return;
   }
   for (int64_t i = 0; i < kChannelBlock; ++i)
@@ -532,8 +531,7 @@ void conv_pack_of(const ConvWeight& weight, const ConvPlan& plan, bool transpose
   for (const Tap* tap = plan.taps.data(); tap != plan.taps.data() + plan.taps.size(); ++tap) {
     const int64_t offset = tap->weight / s.kernel_width * weight.strides[2] +
                            tap->weight % s.kernel_width * weight.strides[3];
-    for (int64_t chunk = 0; chunk < panels<E>(depth);
-         ++chunk, packed += kLine * kChannelBlock) {
+    for (int64_t chunk = 0; chunk < panels<E>(depth); ++chunk, packed += kLine * kChannelBlock) {
       const int64_t from = chunk * kLineChannels<E>;
       float values[2][kChannelBlock] = {};
       if (transposed) {
@@ -599,9 +597,8 @@ int64_t conv_backward_scratch(const ConvPlan& plan, DType dtype) {
 
 void conv_forward(const ConvForwardParams& p, int64_t begin, int64_t end, float* scratch,
                   double* mean, double* m2) {
-  for_dtype(p.dtype, [&](auto zero) {
-    conv_forward_of<decltype(zero)>(p, begin, end, scratch, mean, m2);
-  });
+  for_dtype(p.dtype,
+            [&](auto zero) { conv_forward_of<decltype(zero)>(p, begin, end, scratch, mean, m2); });
 }
 
 void conv_backward(const ConvBackwardParams& p, int64_t begin, int64_t end, float* scratch,

@@ -10,13 +10,12 @@ namespace {
 #include "cpu/kernels/vec_portable-inl.h"
 // The kernels, on this level's Vec.
 #include "cpu/kernels/bn_act-inl.h"
-#include "cpu/kernels/tile-inl.h"
 #include "cpu/kernels/conv-inl.h"
+#include "cpu/kernels/tile-inl.h"
 
 }  // namespace
 }  // namespace fastresnet::cpu::portable
 
 const fastresnet::cpu::KernelTable fastresnet::cpu::portable::table = {
-    bn_moments,         bn_forward, bn_backward_sums,     bn_backward,
-    conv_line_channels, conv_pack,  conv_forward_scratch, conv_backward_scratch,
-    conv_forward,       conv_backward};
+    bn_moments, bn_forward,           bn_backward_sums,      bn_backward,  conv_line_channels,
+    conv_pack,  conv_forward_scratch, conv_backward_scratch, conv_forward, conv_backward};

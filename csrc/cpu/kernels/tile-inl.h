@@ -4,7 +4,8 @@
 // Operands are staged as lines of 64 bytes, 16 elements of 4 bytes. An element is one float, or a
 // pair of neighbouring bf16 that the processor multiplies and adds in one go; all else is the same:
 //   - to multiply, a line is one pixel and its elements are channels (or pairs of channels);
-//   - for the outer product, a line is one pixel (or a pair of pixels) and its elements 16 channels.
+//   - for the outer product, a line is one pixel (or a pair of pixels) and its elements 16
+//   channels.
 
 constexpr int64_t kLine = 16;
 
@@ -43,8 +44,8 @@ struct Pair {
                          37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
     _mm512_storeu_si512(low, _mm512_permutex2var_epi16(a, order, b));
-    _mm512_storeu_si512(high, _mm512_permutex2var_epi16(
-                                  a, _mm512_add_epi16(order, _mm512_set1_epi16(16)), b));
+    _mm512_storeu_si512(
+        high, _mm512_permutex2var_epi16(a, _mm512_add_epi16(order, _mm512_set1_epi16(16)), b));
   }
 };
 #endif

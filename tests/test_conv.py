@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The convolutions of our own against their twins in float64, operator by operator and as a block,
+with torch's own error as the yardstick."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import assert_no_worse
+from torch import Tensor, nn
+from torchvision.models import resnet
+
+import fastresnet
+from fastresnet import ops
+from fastresnet.nn import residual
+from fastresnet.ops import Normalized, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# batch, channels, height, width, out_channels
+SHAPES = {
+    "whole_blocks": (2, 64, 14, 14, 64),
+    "several_images_a_block": (5, 32, 7, 5, 96),
+    "tails": (1, 40, 9, 11, 20),
+    "few_channels": (2, 3, 8, 8, 33),
+    "one_pixel": (4, 64, 1, 1, 32),
+    "several_blocks_an_image": (1, 64, 61, 58, 32),
+}
+# kernel, stride, padding, dilation
+GEOMETRIES = {
+    "1x1": (1, 1, 0, 1),
+    "3x3": (3, 1, 1, 1),
+    "3x3/2": (3, 2, 1, 1),
+    "1x1/2": (1, 2, 0, 1),
+    "3x3_unpadded": (3, 1, 0, 1),
+    "3x3_dilated": (3, 1, 2, 2),
+    "7x7/2": (7, 2, 3, 1),
+    "5x5_wide_padding": (5, 3, 4, 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def kernels_at_every_level(monkeypatch):
+    """The kernels are to be right on every level, also where torch's are preferred."""
+    every = {level: tuple(DTYPES) for level in torch.ops.fastresnet.isa_levels()}
+    monkeypatch.setattr(ops.conv, "_LEVEL_DTYPES", every)
+
+
+def channels_last(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def normalized(x: Tensor) -> Normalized:
+    channels = x.shape[1]
+    mean, var = torch.randn(channels) * 0.3, torch.rand(channels) + 0.5
+    return Normalized(
+        x, mean, var, torch.rand(channels) + 0.5, torch.randn(channels) * 0.3, 1e-5, False
+    )
+
+
+def to_float64(value):
+    if isinstance(value, Normalized):
+        return Normalized(*(t.double() for t in value[:5]), *value[5:])
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def run(module, x, weight, grad, mask, bn_weight, addend, addend_mask, geometry, y=None):
+    """Forward and backward of one convolution; ``y`` replaces the forward's output, so that the
+    backward of all is asked for the same."""
+    names = dict(zip(("stride", "padding", "dilation"), geometry, strict=True))
+    out, mean, var = module.conv_stats(x, weight, **names)
+    results = {"y": out, "mean": mean, "var": var}
+    y = Normalized(
+        out if y is None else y, *module.bn_stats(out if y is None else y), bn_weight,
+        torch.zeros_like(bn_weight), 1e-5, True,
+    )  # fmt: skip
+    sums, _ = module.bn_sums(grad, mask, y.x, y.mean)
+    gradients = module.conv_bn_backward(
+        grad, mask, sums, y, x, weight, addend=addend, addend_mask=addend_mask, **names
+    )
+    return results | {"first_sums": sums} | gradients._asdict()
+
+
+def check(shape, geometry, dtype, prologue):
+    batch, channels, height, width, out_channels = shape
+    kernel, *rest = geometry
+    stride, padding, dilation = rest
+    weight = torch.randn(out_channels, channels, kernel, kernel) * (channels * kernel**2) ** -0.5
+    if min(height, width) + 2 * padding < dilation * (kernel - 1) + 1:
+        return
+    x = channels_last(batch, channels, height, width, dtype=dtype)
+    source = normalized(x) if prologue else x
+    y = reference.conv_stats(source, weight, stride=stride, padding=padding, dilation=dilation)[0]
+    y = y.contiguous(memory_format=torch.channels_last)
+    if y.numel() // out_channels < 4:  # no statistics to speak of
+        return
+    grad = torch.randn(y.shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+    def bits(like: Tensor) -> Tensor:
+        n, c, h, w = like.shape
+        return torch.randint(256, (n, h, w, (c + 7) // 8), dtype=torch.uint8)
+
+    mask, addend, addend_mask = bits(y), None, None
+    if not prologue:
+        addend = channels_last(*x.shape, dtype=dtype)
+        addend_mask = bits(x)
+    arguments = (source, weight, grad, mask, torch.rand(out_channels) + 0.5, addend, addend_mask)
+    ours = run(ops, *arguments, rest, y)
+    torchs = run(reference, *arguments, rest, y)
+    exact = run(reference, *map(to_float64, arguments), rest, y.double())
+    rows = y.numel() // out_channels
+    for name, value in exact.items():
+        if value is None:
+            assert ours[name] is None
+            continue
+        if name in ("mean", "var"):  # of the values as stored
+            value = dict(zip(("mean", "var"), reference.bn_stats(ours["y"].double()), strict=True))[
+                name
+            ]
+        if name == "sums":  # of dx as stored
+            value = reference.bn_sums(ours["x"].double(), None, x.double(), source.mean.double())[0]
+        assert ours[name].shape == value.shape, name
+        scale = {"first_sums": rows, "sums": x.numel() / channels}.get(name)
+        scale = value.abs().max().item() if scale is None else scale
+        if name in ("weight", "bn_weight", "bn_bias"):
+            scale = max(scale, rows**0.5)
+        peer = torchs[name]
+        if not peer.isfinite().all() or peer.abs().max() > 1e3 * max(scale, 1e-3):
+            # oneDNN leaves the taps of a weight that never meet a pixel unwritten (torch 2.14.1).
+            peer = value.to(dtype)
+            scale *= torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+        assert_no_worse(ours[name], peer, value, name, scale)
+
+
+@pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_against_float64(shape, geometry, dtype, prologue):
+    check(shape, geometry, dtype, prologue)
+
+
+@settings(max_examples=60)
+@given(
+    shape=st.tuples(
+        st.integers(1, 5),
+        st.integers(1, 70),
+        st.integers(1, 20),
+        st.integers(1, 20),
+        st.integers(1, 70),
+    ),
+    geometry=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(1, 2)),
+    dtype=st.sampled_from(DTYPES),
+    prologue=st.booleans(),
+)
+def test_random_shapes(shape, geometry, dtype, prologue):
+    check(shape, geometry, dtype, prologue)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_statistics_with_a_large_mean(dtype):
+    # A 1x1 convolution that adds up two channels: one of mean 1000, one of deviation 1.
+    x = channels_last(8, 2, 32, 32, dtype=torch.float32)
+    x[:, 0] = 1000
+    weight = torch.ones(1, 2, 1, 1)
+    y, mean, var = ops.conv_stats(x.to(dtype).contiguous(memory_format=torch.channels_last), weight)
+    exact = y.double()
+    assert abs(mean.item() - exact.mean().item()) < 1e-3
+    assert abs(var.item() / exact.var(correction=0).item() - 1) < 1e-4
+
+
+def test_contiguous_and_bfloat16_weights():
+    x = channels_last(2, 48, 9, 9, dtype=torch.bfloat16)
+    weight = torch.randn(40, 48, 3, 3)
+    nhwc = weight.contiguous(memory_format=torch.channels_last)
+    expected = ops.conv_stats(x, weight, padding=1)
+    for other in (nhwc, weight.bfloat16(), nhwc.bfloat16()):
+        for ours, wanted in zip(ops.conv_stats(x, other, padding=1), expected, strict=True):
+            assert torch.equal(ours, wanted)
+
+
+def test_bad_arguments_are_named():
+    x = channels_last(2, 8, 6, 6, dtype=torch.float32)
+    operator = torch.ops.fastresnet.conv_stats
+    none = (None, None, None, None, 0.0)
+    with pytest.raises(ValueError, match=r"expected weight of shape \[out_channels, 8"):
+        operator(x, *none, torch.randn(4, 9, 1, 1), 1, 0, 1)
+    with pytest.raises(ValueError, match="expected a stride of 1 to 4, got 5"):
+        operator(x, *none, torch.randn(4, 8, 1, 1), 5, 0, 1)
+    with pytest.raises(ValueError, match="at least the kernel's size"):
+        operator(x, *none, torch.randn(4, 8, 7, 7), 1, 0, 1)
+    with pytest.raises(ValueError, match="all of x_mean, x_var, x_weight and x_bias, or none"):
+        operator(x, torch.zeros(8), None, None, None, 0.0, torch.randn(4, 8, 1, 1), 1, 0, 1)
+
+
+def test_operators_pass_opcheck():
+    x = channels_last(2, 8, 6, 6, dtype=torch.float32)
+    bn = (torch.zeros(8), torch.ones(8), torch.ones(8), torch.zeros(8), 1e-5)
+    weight = torch.randn(16, 8, 3, 3)
+    torch.library.opcheck(torch.ops.fastresnet.conv_stats.default, (x, *bn, weight, 2, 1, 1))
+    y, mean, var = ops.conv_stats(x, weight, stride=2, padding=1)
+    sums = (torch.ones_like(y), None, y, mean, None, None)
+    torch.library.opcheck(torch.ops.fastresnet.bn_sums.default, sums)
+    torch.library.opcheck(
+        torch.ops.fastresnet.conv_bn_backward.default,
+        (
+            *(torch.ones_like(y), None, ops.bn_sums(*sums)[0], y, mean, var, torch.ones(16)),
+            *(1e-5, True, x, *bn, weight, None, None, 2, 1, 1, True),
+        ),
+    )
+
+
+BLOCKS = {
+    "basic": lambda: resnet.BasicBlock(32, 32),
+    "basic_projection": lambda: resnet.BasicBlock(
+        16, 32, 2, nn.Sequential(nn.Conv2d(16, 32, 1, 2, bias=False), nn.BatchNorm2d(32))
+    ),
+    "bottleneck": lambda: resnet.Bottleneck(64, 16),
+    "bottleneck_projection": lambda: resnet.Bottleneck(
+        32, 16, 2, nn.Sequential(nn.Conv2d(32, 64, 1, 2, bias=False), nn.BatchNorm2d(64))
+    ),
+    "dilated": lambda: resnet.Bottleneck(64, 16, dilation=2),
+}
+
+
+def step(block: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    x = x.detach().requires_grad_()
+    out = block(x)
+    out.backward(grad.to(out.dtype))
+    results = {"out": out, "x": x.grad}
+    results |= {name: parameter.grad for name, parameter in block.named_parameters()}
+    return results | {name: b for name, b in block.named_buffers() if "running" in name}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS)
+def test_block(make, dtype, training, monkeypatch):
+    torch.manual_seed(0)
+    theirs = make().to(memory_format=torch.channels_last).train(training)
+    for bn in theirs.modules():
+        if isinstance(bn, nn.BatchNorm2d):
+            # Away from the kink: a gradient that one rounding sends the other way is no error.
+            nn.init.constant_(bn.bias, 1.0)
+            nn.init.uniform_(bn.weight, 0.1, 0.3)
+    ours = fastresnet.convert(copy.deepcopy(theirs))
+    exact = copy.deepcopy(theirs).double()
+    calls = []
+    apply = residual._ResidualBlock.apply
+    monkeypatch.setattr(
+        residual._ResidualBlock, "apply", lambda *a: calls.append(1) or apply(*a), raising=True
+    )
+    x = channels_last(4, theirs.conv1.in_channels, 12, 10, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        shape = theirs.eval()(x).shape
+        theirs.train(training)
+        grad = torch.randn(shape).to(dtype)
+        torchs = step(theirs, x, grad)
+        got = step(ours, x, grad)
+    assert calls == [1]
+    wanted = step(exact, x.double(), grad)
+    for name, value in wanted.items():
+        assert got[name].dtype == torchs[name].dtype, name
+        scale = value.abs().max().item()
+        assert_no_worse(got[name], torchs[name], value, name, scale)
+
+
+def test_a_model_runs_block_by_block_and_counts_its_batches():
+    model = fastresnet.models.resnet18(num_classes=4).to(memory_format=torch.channels_last)
+    x = channels_last(2, 3, 64, 64, dtype=torch.float32)
+    out = model(x)
+    out.sum().backward()
+    names = set()
+    nodes = [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes.extend(parent for parent, _ in node.next_functions if parent is not None)
+    assert "_ResidualBlockBackward" in names
+    assert model.layer1[0].bn1.num_batches_tracked == 1
+    with torch.no_grad():
+        assert torch.isfinite(model.eval()(x)).all()
+
+
+def test_what_is_not_plain_runs_as_before():
+    block = fastresnet.convert(resnet.BasicBlock(32, 32).to(memory_format=torch.channels_last))
+    x = channels_last(2, 32, 8, 8, dtype=torch.float32).requires_grad_()
+    assert block(x).grad_fn.name() == "_ResidualBlockBackward"
+    seen = []
+    handle = block.conv2.register_forward_hook(lambda *_: seen.append(1))
+    assert block(x).grad_fn.name() != "_ResidualBlockBackward"
+    assert seen == [1]
+    handle.remove()
+    grouped = torchvision.models.resnext50_32x4d().layer1[1].to(memory_format=torch.channels_last)
+    wide = channels_last(2, 256, 8, 8, dtype=torch.float32).requires_grad_()
+    assert fastresnet.convert(grouped)(wide).grad_fn.name() != "_ResidualBlockBackward"
+
+
+def test_second_derivative_raises():
+    block = fastresnet.convert(resnet.BasicBlock(32, 32).to(memory_format=torch.channels_last))
+    x = channels_last(2, 32, 8, 8, dtype=torch.float32).requires_grad_()
+    (gradient,) = torch.autograd.grad(block(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
