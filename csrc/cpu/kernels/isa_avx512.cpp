@@ -12,8 +12,10 @@ namespace {
 #include "cpu/kernels/vec_avx512-inl.h"
 // The kernels, on this level's Vec.
 #include "cpu/kernels/bn_act-inl.h"
-#include "cpu/kernels/conv-inl.h"
+
 #include "cpu/kernels/tile-inl.h"
+
+#include "cpu/kernels/conv-inl.h"
 
 }  // namespace
 }  // namespace fastresnet::cpu::avx512
