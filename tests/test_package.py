@@ -58,15 +58,19 @@ class TestKernelsRun:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastresnet::{name}", "CPU")
 
     def test_a_training_step_runs_them(self) -> None:
-        """A ResNet runs every kind of join and link but `bn` alone, and no batch norm of ATen."""
+        """A ResNet runs every kind of join, its blocks on our convolutions where the level has
+        them (which one it has is fixed in ops/conv.py, so a silent fallback fails here)."""
         model = models.resnet18(num_classes=4).to(memory_format=torch.channels_last).train()
         images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
             model(images).sum().backward()
         seen = {event.name for event in recorded.events()}
-        kinds = ("bn_relu", "bn_add_relu", "bn_add_bn_relu")
-        expected = {f"fastresnet::{kind}{end}" for kind in kinds for end in ("", "_backward")}
-        assert expected <= seen
+        expected = {"bn_relu", "bn_relu_backward", "bn_add_relu", "bn_add_bn_relu"}
+        if torch.ops.fastresnet.isa() in ("amx", "avx512_bf16", "avx512"):
+            expected |= {"conv_stats", "bn_sums", "conv_bn_backward"}
+        else:
+            expected |= {"bn_add_relu_backward", "bn_add_bn_relu_backward"}
+        assert {f"fastresnet::{name}" for name in expected} <= seen
         assert not {name for name in seen if "batch_norm" in name}
 
     def test_disabled_kernels_are_noticed(self) -> None:

@@ -5,7 +5,7 @@
 // tile-inl.h what a staged line is and how lines are multiplied.
 
 // Rows of a product that are computed, then stored, at a time: 32 columns of floats in L1.
-constexpr int kStoreRows = kManyRegisters ? 28 : 24;
+constexpr int kStoreRows = kManyRegisters ? 56 : 48;
 
 // Elements and lines -------------------------------------------------------------------------
 
@@ -164,39 +164,74 @@ auto output_gradients(const ConvBackwardParams& p) {
 
 // Storing ------------------------------------------------------------------------------------
 
-// Rows [begin, begin + count) of a product and the pixels of memory where they belong.
+// Rows [begin, begin + count) of a product, which lie at `place` of the plane (counted from the
+// image's first pixel of the block), and the pixels of memory where they belong.
 struct Run {
-  int64_t begin, count, pixel, step;
+  int64_t begin, count, place, pixel, step;
 };
 
 struct Runs {
   Run run[kStoreRows];
   int count = 0;
+  // The product covers the places between the runs too: [run[0].place, + rows) in one piece.
+  bool joined = false;
+  int64_t rows = 0;
 
-  // Of the places [place, place + rows) of one image, counted from its block's first row.
-  Runs(const ConvPlan& plan, const ConvBlock& block, const Source& source, int64_t image,
-       int64_t place, int64_t rows) {
-    const int64_t height = std::min(block.rows, source.height - block.row);
-    image += block.image;
-    if (source.width == plan.pitch && source.row_pitch == plan.pitch * source.column_pitch) {
-      const int64_t end = std::min(place + rows, height * plan.pitch);
-      if (end > place)
-        run[count++] = {0, end - place,
-                        source.pixel(image, block.row, 0) + place * source.column_pitch,
-                        source.column_pitch};
-      return;
-    }
-    for (int64_t at = place; at < place + rows;) {
-      const int64_t row = at / plan.pitch, column = at % plan.pitch;
-      const int64_t to = std::min(place + rows, (row + 1) * plan.pitch);
-      const int64_t end = std::min(to, row * plan.pitch + source.width);
-      if (row < height && end > at)
-        run[count++] = {at - place, end - at, source.pixel(image, block.row + row, column),
-                        source.column_pitch};
-      at = to;
-    }
+  void add(int64_t place, int64_t length, int64_t pixel, int64_t step) {
+    const int64_t begin = joined && count ? place - run[0].place : rows;
+    run[count++] = {begin, length, place, pixel, step};
+    rows = begin + length;
   }
 };
+
+// Calls body(runs) over the block's values of one image, at most kStoreRows at a time. A run is a
+// row of the image, or several where they follow each other in the plane and in memory; rows of few
+// pixels are multiplied together with the padding between them.
+template <class Body>
+inline void for_tiles(const ConvPlan& plan, const ConvBlock& block, const Source& source,
+                      int64_t image, Body body) {
+  const int64_t height = std::min(block.rows, source.height - block.row);
+  const int64_t first_image = block.image + image, step = source.column_pitch;
+  if (source.width == plan.pitch && source.row_pitch == plan.pitch * step) {
+    const int64_t total = height * plan.pitch, pixel = source.pixel(first_image, block.row, 0);
+    for (int64_t place = 0; place < total; place += kStoreRows) {
+      Runs runs;
+      runs.add(place, std::min<int64_t>(kStoreRows, total - place), pixel + place * step, step);
+      body(runs);
+    }
+    return;
+  }
+  const bool joined = source.width < kProductRows / 2;
+  const int64_t row_places = joined ? plan.pitch : source.width;
+  const int64_t together = std::max<int64_t>(1, kStoreRows / row_places);
+  const int64_t pieces = (source.width + kStoreRows - 1) / kStoreRows;
+  for (int64_t row = 0; row < height; row += together)
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t begin = source.width * piece / pieces;
+      const int64_t end = source.width * (piece + 1) / pieces;
+      Runs runs;
+      runs.joined = joined;
+      for (int64_t r = row; r < std::min(height, row + together); ++r)
+        runs.add(r * plan.pitch + begin, end - begin,
+                 source.pixel(first_image, block.row + r, begin), step);
+      body(runs);
+    }
+}
+
+// The runs' rows of a product, `at` being the plane's line of place 0.
+template <class E>
+inline void multiply_runs(const Runs& runs, Pixels a, const float* at, const float* b,
+                          float* tile) {
+  if (runs.joined) {
+    a.first = at + runs.run[0].place * kLine;
+    multiply<E>(a, b, tile, runs.rows);
+    return;
+  }
+  for (int i = 0; i < runs.count; ++i) {
+    a.first = at + runs.run[i].place * kLine;
+    multiply<E>(a, b, tile + runs.run[i].begin * kChannelBlock, runs.run[i].count);
+  }
+}
 
 // Calls body(c, Full or Part) over the channels of one block.
 template <class Body>
@@ -365,21 +400,17 @@ void conv_forward_of(const ConvForwardParams& p, int64_t begin, int64_t end, flo
       if (plan.phases[i].taps)
         stage_plane<E>(plan, block, source_of_phase(plan, plan.phases[i]), planes[i], s.channels,
                        values);
-    const int64_t places = block.rows * plan.pitch;
     for (int64_t n = 0; n < channel_blocks(s.out_channels); ++n) {
       bool set_shift = count == 0;
       for (int64_t image = 0; image < block.images; ++image)
-        for (int64_t place = 0; place < places; place += kStoreRows) {
-          const int64_t rows = std::min<int64_t>(kStoreRows, places - place);
-          const Runs runs(plan, block, output, image, place, rows);
-          if (runs.count == 0) continue;
-          const float* first =
-              planes[plan.taps[0].phase].lines + (plan.at(image, 0, block) + place) * kLine;
-          multiply<E>({first, planes[plan.taps[0].phase].panel_stride, distances, taps, chunks},
-                      p.weight + n * weight_block, tile, rows);
+        for_tiles(plan, block, output, image, [&](const Runs& runs) {
+          const Plane& plane = planes[plan.taps[0].phase];
+          multiply_runs<E>(runs, {nullptr, plane.panel_stride, distances, taps, chunks},
+                           plane.lines + plan.at(image, 0, block) * kLine,
+                           p.weight + n * weight_block, tile);
           store_output(tile, runs, n * kChannelBlock, set_shift);
           set_shift = false;
-        }
+        });
     }
     count += plan.outputs(block);
   }
@@ -455,23 +486,19 @@ void conv_backward_of(const ConvBackwardParams& p, int64_t begin, int64_t end, f
                        values);
 
     // The gradient of x: for each phase, the taps that read it, in the opposite direction.
-    const int64_t places = block.rows * plan.pitch;
     for (int64_t i = 0; p.dx && i < phases; ++i) {
       const Phase& phase = plan.phases[i];
       const Source input = source_of_phase(plan, phase);
       for (int64_t c = 0; c < in_blocks; ++c) {
         const float* weight = p.weight + (c * taps + phase.first_tap) * tap_block;
         for (int64_t image = 0; image < block.images; ++image)
-          for (int64_t place = 0; place < places; place += kStoreRows) {
-            const int64_t rows = std::min<int64_t>(kStoreRows, places - place);
-            const Runs runs(plan, block, input, image, place, rows);
-            if (runs.count == 0) continue;
-            const float* first = gradients.lines + (plan.at(image, 0, block) + place) * kLine;
-            multiply<E>(
-                {first, gradients.panel_stride, distances + phase.first_tap, phase.taps, chunks},
-                weight, tile, rows);
+          for_tiles(plan, block, input, image, [&](const Runs& runs) {
+            multiply_runs<E>(
+                runs,
+                {nullptr, gradients.panel_stride, distances + phase.first_tap, phase.taps, chunks},
+                gradients.lines + plan.at(image, 0, block) * kLine, weight, tile);
             store_gradient(tile, runs, c * kChannelBlock);
-          }
+          });
       }
     }
 

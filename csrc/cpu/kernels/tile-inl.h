@@ -96,30 +96,28 @@ inline void multiply_rows(const Pixels& a, const float* b, float* c) {
       store(c + r * kChannelBlock + v * kWidth, sums[r][v], Full{});
 }
 
-template <int rows>
-struct Rows {
-  static constexpr int value = rows;
-};
+// The instance for so many rows, at most `rows`.
+template <class Element, int rows = kProductRows>
+inline void multiply_some_rows(int64_t count, const Pixels& a, const float* b, float* c) {
+  if (count == rows) {
+    multiply_rows<Element, rows>(a, b, c);
+  } else if constexpr (rows > 1) {
+    multiply_some_rows<Element, rows - 1>(count, a, b, c);
+  }
+}
 
-// c[rows, 32] = the pixels from a.first on, times b [taps, chunks, 16, 32].
+// c[rows, 32] = the pixels from a.first on, times b [taps, chunks, 16, 32]. Rows are shared out
+// evenly: a product of few rows waits for the ones before it.
 template <class Element>
 inline void multiply(Pixels a, const float* b, float* c, int64_t rows) {
   const float* first = a.first;
-  for (int64_t column = 0; column < kChannelBlock; column += kProductColumns) {
-    int64_t r = 0;
-    const auto step = [&](auto count) {
-      while (rows - r >= count.value) {
-        a.first = first + r * kLine;
-        multiply_rows<Element, count.value>(a, b + column, c + r * kChannelBlock + column);
-        r += count.value;
-      }
-    };
-    step(Rows<kProductRows>{});
-    if constexpr (kProductRows > 8) step(Rows<8>{});
-    step(Rows<4>{});
-    step(Rows<2>{});
-    step(Rows<1>{});
-  }
+  const int64_t parts = (rows + kProductRows - 1) / kProductRows;
+  for (int64_t column = 0; column < kChannelBlock; column += kProductColumns)
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+      a.first = first + begin * kLine;
+      multiply_some_rows<Element>(end - begin, a, b + column, c + begin * kChannelBlock + column);
+    }
 }
 
 // A matrix of pixels of which 32 channels are taken: panels of 16.
