@@ -47,6 +47,12 @@ struct Plane {
 // not fall on the same sets of the cache.
 inline int64_t plane_lines(const ConvPlan& plan) { return (plan.plane_pixels() + 1) | 1; }
 
+// Scratch that the taps' distances take: whole lines, so that the planes behind them are aligned.
+inline int64_t distance_floats(const ConvPlan& plan) {
+  const int64_t floats = static_cast<int64_t>(plan.taps.size() * sizeof(int64_t) / sizeof(float));
+  return (floats + kLine - 1) / kLine * kLine;
+}
+
 template <class E>
 Plane make_plane(const ConvPlan& plan, int64_t channels, float*& scratch) {
   const Plane plane{scratch, plane_lines(plan) * kLine, panels<E>(channels)};
@@ -360,8 +366,7 @@ template <class E>
 int64_t conv_forward_scratch_of(const ConvPlan& plan) {
   const int64_t phases = static_cast<int64_t>(plan.phases.size());
   return phases * panels<E>(plan.shape.channels) * plane_lines(plan) * kLine +
-         kStoreRows * kChannelBlock + plan.shape.out_channels +
-         static_cast<int64_t>(plan.taps.size()) * 2;
+         kStoreRows * kChannelBlock + plan.shape.out_channels + distance_floats(plan);
 }
 
 template <class T>
@@ -373,9 +378,8 @@ void conv_forward_of(const ConvForwardParams& p, int64_t begin, int64_t end, flo
   const int64_t phases = static_cast<int64_t>(plan.phases.size());
   const int64_t taps = static_cast<int64_t>(plan.taps.size());
   const int64_t chunks = panels<E>(s.channels);
-  // Distances come first: 8 bytes each, and the scratch is aligned to lines.
   int64_t* distances = reinterpret_cast<int64_t*>(scratch);
-  scratch += 2 * taps;
+  scratch += distance_floats(plan);
   float* tile = scratch;
   scratch += kStoreRows * kChannelBlock;
   Plane planes[kMaxPhases];
@@ -450,7 +454,7 @@ int64_t conv_backward_scratch_of(const ConvPlan& plan) {
   const int64_t in = panels<E>(plan.shape.channels), out = panels<E>(plan.shape.out_channels);
   const int64_t pairs = E::kDepth == 1 ? 0 : 2 * (plane_lines(plan) / 2 + 2);
   return (phases * in + out) * plane_lines(plan) * kLine + (2 * phases * in + out) * pairs * kLine +
-         kStoreRows * kChannelBlock + static_cast<int64_t>(plan.taps.size()) * 2;
+         kStoreRows * kChannelBlock + distance_floats(plan);
 }
 
 template <class T>
@@ -464,7 +468,7 @@ void conv_backward_of(const ConvBackwardParams& p, int64_t begin, int64_t end, f
   const int64_t in_blocks = channel_blocks(s.channels), out_blocks = channel_blocks(s.out_channels);
   const int64_t chunks = panels<E>(s.out_channels);
   int64_t* distances = reinterpret_cast<int64_t*>(scratch);
-  scratch += 2 * taps;
+  scratch += distance_floats(plan);
   float* tile = scratch;
   scratch += kStoreRows * kChannelBlock;
   const Plane gradients = make_plane<E>(plan, s.out_channels, scratch);
