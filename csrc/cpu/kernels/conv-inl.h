@@ -4,8 +4,13 @@
 // result is stored. conv_plan.h says how a convolution is cut into blocks, phases and taps,
 // tile-inl.h what a staged line is and how lines are multiplied.
 
-// Rows of a product that are computed, then stored, at a time: 32 columns of floats in L1.
+// Rows of a product that are computed, then stored, at a time: 32 columns of floats in L1. A
+// multiple of the rows that the registers hold.
+#if defined(FASTRESNET_AMX)
+constexpr int kStoreRows = 64;
+#else
 constexpr int kStoreRows = kManyRegisters ? 56 : 48;
+#endif
 
 // Elements and lines -------------------------------------------------------------------------
 
@@ -13,7 +18,12 @@ template <class T>
 struct ElementOf {
   using type = Single;
 };
-#if defined(FASTRESNET_AVX512_BF16)
+#if defined(FASTRESNET_AMX)
+template <>
+struct ElementOf<BFloat16> {
+  using type = TilePair;
+};
+#elif defined(FASTRESNET_AVX512_BF16)
 template <>
 struct ElementOf<BFloat16> {
   using type = Pair;
@@ -43,9 +53,12 @@ struct Plane {
   }
 };
 
-// A line behind the last pixel, for the last pair; and an odd number of lines, so that panels do
-// not fall on the same sets of the cache.
-inline int64_t plane_lines(const ConvPlan& plan) { return (plan.plane_pixels() + 1) | 1; }
+// A line behind the last pixel, for the last pair, or as many as a product reads too far; and an odd
+// number of lines, so that panels do not fall on the same sets of the cache.
+template <class E>
+int64_t plane_lines(const ConvPlan& plan) {
+  return (plan.plane_pixels() + E::kRowStep) | 1;
+}
 
 // Scratch that the taps' distances take: whole lines, so that the planes behind them are aligned.
 inline int64_t distance_floats(const ConvPlan& plan) {
@@ -55,7 +68,7 @@ inline int64_t distance_floats(const ConvPlan& plan) {
 
 template <class E>
 Plane make_plane(const ConvPlan& plan, int64_t channels, float*& scratch) {
-  const Plane plane{scratch, plane_lines(plan) * kLine, panels<E>(channels)};
+  const Plane plane{scratch, plane_lines<E>(plan) * kLine, panels<E>(channels)};
   scratch += plane.panels * plane.panel_stride;
   return plane;
 }
@@ -193,7 +206,7 @@ struct Runs {
 // Calls body(runs) over the block's values of one image, at most kStoreRows at a time. A run is a
 // row of the image, or several where they follow each other in the plane and in memory; rows of few
 // pixels are multiplied together with the padding between them.
-template <class Body>
+template <class E, class Body>
 inline void for_tiles(const ConvPlan& plan, const ConvBlock& block, const Source& source,
                       int64_t image, Body body) {
   const int64_t height = std::min(block.rows, source.height - block.row);
@@ -207,16 +220,30 @@ inline void for_tiles(const ConvPlan& plan, const ConvBlock& block, const Source
     }
     return;
   }
-  const bool joined = source.width < kProductRows / 2;
-  const int64_t row_places = joined ? plan.pitch : source.width;
-  const int64_t together = std::max<int64_t>(1, kStoreRows / row_places);
+  if (source.width < E::kJoinedWidth) {
+    const int64_t total = (height - 1) * plan.pitch + source.width;
+    for (int64_t place = 0; place < total; place += kStoreRows) {
+      Runs runs;
+      runs.joined = true;
+      for (int64_t row = place / plan.pitch; row * plan.pitch < place + kStoreRows; ++row) {
+        if (row == height) break;
+        const int64_t begin = std::max<int64_t>(0, place - row * plan.pitch);
+        const int64_t end = std::min(source.width, place + kStoreRows - row * plan.pitch);
+        if (begin < end)
+          runs.add(row * plan.pitch + begin, end - begin,
+                   source.pixel(first_image, block.row + row, begin), step);
+      }
+      if (runs.count) body(runs);
+    }
+    return;
+  }
+  const int64_t together = std::max<int64_t>(1, kStoreRows / source.width);
   const int64_t pieces = (source.width + kStoreRows - 1) / kStoreRows;
   for (int64_t row = 0; row < height; row += together)
     for (int64_t piece = 0; piece < pieces; ++piece) {
       const int64_t begin = source.width * piece / pieces;
       const int64_t end = source.width * (piece + 1) / pieces;
       Runs runs;
-      runs.joined = joined;
       for (int64_t r = row; r < std::min(height, row + together); ++r)
         runs.add(r * plan.pitch + begin, end - begin,
                  source.pixel(first_image, block.row + r, begin), step);
@@ -365,7 +392,7 @@ struct InputGradientStore {
 template <class E>
 int64_t conv_forward_scratch_of(const ConvPlan& plan) {
   const int64_t phases = static_cast<int64_t>(plan.phases.size());
-  return phases * panels<E>(plan.shape.channels) * plane_lines(plan) * kLine +
+  return phases * panels<E>(plan.shape.channels) * plane_lines<E>(plan) * kLine +
          kStoreRows * kChannelBlock + plan.shape.out_channels + distance_floats(plan);
 }
 
@@ -373,6 +400,7 @@ template <class T>
 void conv_forward_of(const ConvForwardParams& p, int64_t begin, int64_t end, float* scratch,
                      double* mean, double* m2) {
   using E = Element<T>;
+  [[maybe_unused]] const typename E::Registers registers;
   const ConvPlan& plan = *p.plan;
   const ConvShape& s = plan.shape;
   const int64_t phases = static_cast<int64_t>(plan.phases.size());
@@ -407,7 +435,7 @@ void conv_forward_of(const ConvForwardParams& p, int64_t begin, int64_t end, flo
     for (int64_t n = 0; n < channel_blocks(s.out_channels); ++n) {
       bool set_shift = count == 0;
       for (int64_t image = 0; image < block.images; ++image)
-        for_tiles(plan, block, output, image, [&](const Runs& runs) {
+        for_tiles<E>(plan, block, output, image, [&](const Runs& runs) {
           const Plane& plane = planes[plan.taps[0].phase];
           multiply_runs<E>(runs, {nullptr, plane.panel_stride, distances, taps, chunks},
                            plane.lines + plan.at(image, 0, block) * kLine,
@@ -427,6 +455,13 @@ void conv_forward_of(const ConvForwardParams& p, int64_t begin, int64_t end, flo
 
 // Backward -----------------------------------------------------------------------------------
 
+// Lines of a panel of `count` pixels in pairs: those that an outer product reads behind the last
+// one, and an odd number of them.
+template <class E>
+int64_t pair_lines(int64_t count) {
+  return ((count + 1) / 2 + 2 * E::kOuterStep) | 1;
+}
+
 // The lines of a plane as the outer product takes them: with one value an element, the plane
 // itself; with two, its pixels in pairs from `from` on, zeros from `count` pixels on.
 template <class E>
@@ -434,7 +469,7 @@ inline Lines outer_lines(const Plane& plane, int64_t from, int64_t count, float*
   if constexpr (E::kDepth == 1) {
     return {plane.lines + from * kLine, plane.panel_stride};
   } else {
-    const int64_t pairs = (count + 1) / 2, stride = (pairs | 1) * kLine;
+    const int64_t pairs = (count + 1) / 2, stride = pair_lines<E>(count) * kLine;
     const Lines lines{scratch, stride};
     alignas(64) static const float none[kLine] = {};
     for (int64_t panel = 0; panel < plane.panels; ++panel, scratch += 2 * stride) {
@@ -443,17 +478,30 @@ inline Lines outer_lines(const Plane& plane, int64_t from, int64_t count, float*
         E::pair_pixels(pixel + 2 * i * kLine,
                        2 * i + 1 < count ? pixel + (2 * i + 1) * kLine : none, scratch + i * kLine,
                        scratch + stride + i * kLine);
+      for (float* half : {scratch, scratch + stride})
+        std::fill(half + pairs * kLine, half + stride, 0.0f);
     }
     return lines;
   }
+}
+
+// The same for the left operand.
+template <class E>
+inline Lines left_outer_lines(const Plane& plane, int64_t from, int64_t count, float*& scratch) {
+  float* begin = scratch;
+  const Lines lines = outer_lines<E>(plane, from, count, scratch);
+  if constexpr (E::kOuterStep > 1)
+    for (; begin != scratch; begin += lines.panel_stride)
+      for (int64_t i = 0; 2 * i < count; i += E::kOuterStep) E::arrange_left(begin + i * kLine);
+  return lines;
 }
 
 template <class E>
 int64_t conv_backward_scratch_of(const ConvPlan& plan) {
   const int64_t phases = static_cast<int64_t>(plan.phases.size());
   const int64_t in = panels<E>(plan.shape.channels), out = panels<E>(plan.shape.out_channels);
-  const int64_t pairs = E::kDepth == 1 ? 0 : 2 * (plane_lines(plan) / 2 + 2);
-  return (phases * in + out) * plane_lines(plan) * kLine + (2 * phases * in + out) * pairs * kLine +
+  const int64_t pairs = E::kDepth == 1 ? 0 : 2 * pair_lines<E>(plane_lines<E>(plan));
+  return (phases * in + out) * plane_lines<E>(plan) * kLine + (2 * phases * in + out) * pairs * kLine +
          kStoreRows * kChannelBlock + distance_floats(plan);
 }
 
@@ -461,6 +509,7 @@ template <class T>
 void conv_backward_of(const ConvBackwardParams& p, int64_t begin, int64_t end, float* scratch,
                       float* dweight, double* sums) {
   using E = Element<T>;
+  [[maybe_unused]] const typename E::Registers registers;
   const ConvPlan& plan = *p.plan;
   const ConvShape& s = plan.shape;
   const int64_t phases = static_cast<int64_t>(plan.phases.size());
@@ -496,7 +545,7 @@ void conv_backward_of(const ConvBackwardParams& p, int64_t begin, int64_t end, f
       for (int64_t c = 0; c < in_blocks; ++c) {
         const float* weight = p.weight + (c * taps + phase.first_tap) * tap_block;
         for (int64_t image = 0; image < block.images; ++image)
-          for_tiles(plan, block, input, image, [&](const Runs& runs) {
+          for_tiles<E>(plan, block, input, image, [&](const Runs& runs) {
             multiply_runs<E>(
                 runs,
                 {nullptr, gradients.panel_stride, distances + phase.first_tap, phase.taps, chunks},
@@ -511,7 +560,7 @@ void conv_backward_of(const ConvBackwardParams& p, int64_t begin, int64_t end, f
     const int64_t from = plan.at(0, 0, block), span = plan.span(block);
     const int64_t pixels = plan.at(block.images, 0, block) + plan.margin + 1;
     const int64_t steps = (span + E::kDepth - 1) / E::kDepth;
-    const Lines left = outer_lines<E>(gradients, from, span, free);
+    const Lines left = left_outer_lines<E>(gradients, from, span, free);
     for (int64_t i = 0; i < phases; ++i) {
       const Phase& phase = plan.phases[i];
       if (phase.taps == 0) continue;
@@ -580,15 +629,14 @@ void conv_pack_of(const ConvWeight& weight, const ConvPlan& plan, bool transpose
         }
         continue;
       }
-      for (int64_t i = 0; i < kChannelBlock; ++i) {
-        float line[kLine] = {};
-        if (first + i < s.out_channels) {
-          load_weights<W>(weight, first + i, from, offset, 1, s.channels, values[0]);
+      for (int64_t half = 0; half < kChannelBlock; half += kLine) {
+        alignas(64) float lines[kLine * kLine] = {};
+        for (int64_t i = 0; i < kLine && first + half + i < s.out_channels; ++i) {
+          load_weights<W>(weight, first + half + i, from, offset, 1, s.channels, values[0]);
           for (int64_t c = 0; c < kLineChannels<E>; c += kWidth)
-            E::store_values(line, c, load(values[0] + c, Full{}));
+            E::store_values(lines + i * kLine, c, load(values[0] + c, Full{}));
         }
-        for (int64_t k = 0; k < kLine; ++k)
-          std::memcpy(packed + k * kChannelBlock + i, line + k, sizeof(float));
+        transpose(lines, kLine, packed + half, kChannelBlock);
       }
     }
   }

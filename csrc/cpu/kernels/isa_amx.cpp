@@ -7,6 +7,7 @@
 #include "cpu/kernels/vec.h"
 
 #define FASTRESNET_AVX512_BF16
+#define FASTRESNET_AMX
 FASTRESNET_TARGET_BEGIN(
     "amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 namespace fastresnet::cpu::amx {
@@ -17,6 +18,8 @@ namespace {
 #include "cpu/kernels/bn_act-inl.h"
 
 #include "cpu/kernels/tile-inl.h"
+
+#include "cpu/kernels/tile_amx-inl.h"
 
 #include "cpu/kernels/conv-inl.h"
 

@@ -6,11 +6,34 @@
 //   - to multiply, a line is one pixel and its elements are channels (or pairs of channels);
 //   - for the outer product, a line is one pixel (or a pair of pixels) and its elements 16
 //   channels.
+//
+// An Element says what a line holds and how its products are computed. kRowStep: rows of a product
+// come in so many, the last ones read and written though not wanted. kOuterStep: so do the lines of
+// an outer product, zeros behind the last. kJoinedWidth: narrower rows of an image are multiplied
+// together with the padding between them.
 
 constexpr int64_t kLine = 16;
 
+// Registers of a product's sums: kProductRows x kProductVecs of them, and a few for the operands.
+constexpr bool kManyRegisters = kWidth == 16;
+constexpr int kProductVecs = 2;
+constexpr int kProductColumns = kProductVecs * kWidth;
+constexpr int kProductRows = kManyRegisters ? 14 : 6;
+constexpr int kOuterRows = kManyRegisters ? 8 : 4;
+
+// What the Elements on vectors have in common.
+struct OnVectors {
+  static constexpr int64_t kRowStep = 1;
+  static constexpr int64_t kOuterStep = 1;
+  static constexpr int64_t kJoinedWidth = kProductRows / 2;
+
+  struct Registers {};  // held while products are computed
+  // Brings kOuterStep lines into the form that an outer product's left operand has.
+  static void arrange_left(float*) {}
+};
+
 // One float an element: every dtype, on every level.
-struct Single {
+struct Single : OnVectors {
   static constexpr int kDepth = 1;
 
   static Vec dot(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
@@ -21,7 +44,7 @@ struct Single {
 
 #if defined(FASTRESNET_AVX512_BF16)
 // Two bf16 an element.
-struct Pair {
+struct Pair : OnVectors {
   static constexpr int kDepth = 2;
 
   static Vec dot(Vec a, Vec b, Vec sum) {
@@ -49,13 +72,6 @@ struct Pair {
   }
 };
 #endif
-
-// Registers of a product's sums: kProductRows x kProductVecs of them, and a few for the operands.
-constexpr bool kManyRegisters = kWidth == 16;
-constexpr int kProductVecs = 2;
-constexpr int kProductColumns = kProductVecs * kWidth;
-constexpr int kProductRows = kManyRegisters ? 14 : 6;
-constexpr int kOuterRows = kManyRegisters ? 8 : 4;
 
 // A matrix of pixels: `chunks` panels of lines, panel_stride floats apart, read once a tap at the
 // tap's distance (floats) from the first pixel.

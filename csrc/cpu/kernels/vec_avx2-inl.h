@@ -72,3 +72,8 @@ inline void store_lanes(uint8_t* p, Lanes lanes, Full) {
 inline void store_lanes(uint8_t* p, Lanes lanes, Part part) {
   *p = static_cast<uint8_t>(_mm256_movemask_ps(lanes.v) & ((1 << part.count) - 1));
 }
+
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+}

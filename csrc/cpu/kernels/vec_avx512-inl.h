@@ -4,7 +4,8 @@
 // The interface of every Vec: kWidth lanes (a multiple of 8, so that a mask is whole bytes),
 // broadcast, +, -, *, fma, relu (a NaN stays), load and store of float, BFloat16 and Half with
 // Full{} or, for the last channels, Part{count}; Lanes, one bit a lane: passes_relu, keep (zero
-// elsewhere), load_lanes, store_lanes (bit i of the bytes is lane i; bits beyond a Part are 0).
+// elsewhere), load_lanes, store_lanes (bit i of the bytes is lane i; bits beyond a Part are 0);
+// transpose of 16 x 16 floats, rows a stride apart.
 
 constexpr int kWidth = 16;
 
@@ -89,4 +90,34 @@ inline void store_lanes(uint8_t* p, Lanes lanes, Full) {
 inline void store_lanes(uint8_t* p, Lanes lanes, Part part) {
   const uint16_t bits = lanes.bits & first(part);
   std::memcpy(p, &bits, (part.count + 7) / 8);
+}
+
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  // Pairs of rows, then of pairs, within 128 bits; then those by fours.
+  __m512 a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + i * from_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
+    a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 low = _mm512_shuffle_f32x4(a[i], a[4 + i], 0x88);
+    const __m512 high = _mm512_shuffle_f32x4(a[i], a[4 + i], 0xdd);
+    const __m512 low2 = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0x88);
+    const __m512 high2 = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0xdd);
+    _mm512_storeu_ps(to + i * to_stride, _mm512_shuffle_f32x4(low, low2, 0x88));
+    _mm512_storeu_ps(to + (8 + i) * to_stride, _mm512_shuffle_f32x4(low, low2, 0xdd));
+    _mm512_storeu_ps(to + (4 + i) * to_stride, _mm512_shuffle_f32x4(high, high2, 0x88));
+    _mm512_storeu_ps(to + (12 + i) * to_stride, _mm512_shuffle_f32x4(high, high2, 0xdd));
+  }
 }

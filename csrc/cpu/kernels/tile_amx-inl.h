@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+// The products of tile-inl.h for pairs of bf16 on AMX: 16 x 16 tiles instead of vectors.
+//
+// A staged line is one row of a tile. What a product of pixels reads is a tile as it lies, at any
+// tap's distance; for the outer product the left lines are transposed in groups of 16, so that a
+// tile's rows are channels and its columns pairs of pixels.
+
+constexpr int64_t kAmxRows = 16;
+constexpr int64_t kAmxTile = kAmxRows * kLine;                // floats of a tile that lies dense
+constexpr int64_t kLineBytes = kLine * sizeof(float);            // from a tile's row to the next
+constexpr int64_t kColumnBytes = kChannelBlock * sizeof(float);  // the same in 32 columns
+
+struct TilePair : Pair {
+  static constexpr int64_t kRowStep = kAmxRows;
+  static constexpr int64_t kOuterStep = kAmxRows;
+  static constexpr int64_t kJoinedWidth = std::numeric_limits<int64_t>::max();
+
+  // Eight tiles of 16 rows of 64 bytes, from here to the end of the scope.
+  struct Registers {
+    Registers() {
+      // Static: gcc 12 takes _tile_loadconfig to read the first 8 of these bytes only, and would
+      // drop the stores of a local one.
+      alignas(64) static const Configuration configuration;
+      _tile_loadconfig(&configuration);
+    }
+    ~Registers() { _tile_release(); }
+    Registers(const Registers&) = delete;
+    Registers& operator=(const Registers&) = delete;
+  };
+
+  static void arrange_left(float* lines) { transpose(lines, kLine, lines, kLine); }
+
+ private:
+  struct Configuration {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+  static_assert(sizeof(Configuration) == 64);
+};
+
+// What was written to memory before is there: gcc does not know that a tile load reads it.
+inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
+
+// 16 or 32 rows of the product.
+template <int row_tiles>
+inline void multiply_tiles(const Pixels& a, const float* b, float* c) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (row_tiles == 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t tap = 0; tap < a.taps; ++tap) {
+    const float* lines = a.first + a.distances[tap];
+    for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
+      _tile_loadd(4, lines, kLineBytes);
+      _tile_loadd(6, b, kColumnBytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + kLine, kColumnBytes);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (row_tiles == 2) {
+        _tile_loadd(5, lines + kAmxTile, kLineBytes);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      lines += a.panel_stride;
+      b += kLine * kChannelBlock;
+    }
+  }
+  _tile_stored(0, c, kColumnBytes);
+  _tile_stored(1, c + kLine, kColumnBytes);
+  if constexpr (row_tiles == 2) {
+    _tile_stored(2, c + kAmxRows * kChannelBlock, kColumnBytes);
+    _tile_stored(3, c + kAmxRows * kChannelBlock + kLine, kColumnBytes);
+  }
+}
+
+template <>
+inline void multiply<TilePair>(Pixels a, const float* b, float* c, int64_t rows) {
+  finish_stores();
+  for (int64_t row = 0; row < rows; row += 2 * kAmxRows) {
+    if (rows - row > kAmxRows)
+      multiply_tiles<2>(a, b, c);
+    else
+      multiply_tiles<1>(a, b, c);
+    a.first += 2 * kAmxTile;
+    c += 2 * kAmxRows * kChannelBlock;
+  }
+}
+
+template <>
+inline void outer_product<TilePair>(const Lines& a, const Lines& b, int64_t count, float* c) {
+  finish_stores();
+  float* lower = c + kAmxRows * kChannelBlock;
+  _tile_loadd(0, c, kColumnBytes);
+  _tile_loadd(1, c + kLine, kColumnBytes);
+  _tile_loadd(2, lower, kColumnBytes);
+  _tile_loadd(3, lower + kLine, kColumnBytes);
+  for (int64_t line = 0; line < count; line += kAmxRows) {
+    const float *left = a.first + line * kLine, *right = b.first + line * kLine;
+    _tile_loadd(4, left, kLineBytes);
+    _tile_loadd(6, right, kLineBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, right + b.panel_stride, kLineBytes);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, left + a.panel_stride, kLineBytes);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, kColumnBytes);
+  _tile_stored(1, c + kLine, kColumnBytes);
+  _tile_stored(2, lower, kColumnBytes);
+  _tile_stored(3, lower + kLine, kColumnBytes);
+}
