@@ -21,7 +21,7 @@ from .reference import ConvGradients, Normalized
 
 # Which dtypes a level's kernels are made for; elsewhere torch's convolutions are the better ones.
 _LEVEL_DTYPES = {
-    "amx": (torch.float32,),
+    "amx": (torch.float32, torch.bfloat16),
     "avx512_bf16": (torch.float32, torch.bfloat16),
     "avx512": (torch.float32,),
 }

@@ -53,8 +53,8 @@ struct Plane {
   }
 };
 
-// A line behind the last pixel, for the last pair, or as many as a product reads too far; and an odd
-// number of lines, so that panels do not fall on the same sets of the cache.
+// A line behind the last pixel, for the last pair, or as many as a product reads too far; and an
+// odd number of lines, so that panels do not fall on the same sets of the cache.
 template <class E>
 int64_t plane_lines(const ConvPlan& plan) {
   return (plan.plane_pixels() + E::kRowStep) | 1;
@@ -501,8 +501,9 @@ int64_t conv_backward_scratch_of(const ConvPlan& plan) {
   const int64_t phases = static_cast<int64_t>(plan.phases.size());
   const int64_t in = panels<E>(plan.shape.channels), out = panels<E>(plan.shape.out_channels);
   const int64_t pairs = E::kDepth == 1 ? 0 : 2 * pair_lines<E>(plane_lines<E>(plan));
-  return (phases * in + out) * plane_lines<E>(plan) * kLine + (2 * phases * in + out) * pairs * kLine +
-         kStoreRows * kChannelBlock + distance_floats(plan);
+  return (phases * in + out) * plane_lines<E>(plan) * kLine +
+         (2 * phases * in + out) * pairs * kLine + kStoreRows * kChannelBlock +
+         distance_floats(plan);
 }
 
 template <class T>
