@@ -29,6 +29,9 @@ SHAPES = {
     "few_channels": (2, 3, 8, 8, 33),
     "one_pixel": (4, 64, 1, 1, 32),
     "several_blocks_an_image": (1, 64, 61, 58, 32),
+    # Shared out by channels; the second by rows too.
+    "more_weights_than_pixels": (3, 160, 3, 4, 192),
+    "deep_and_narrow": (2, 512, 4, 3, 32),
 }
 # kernel, stride, padding, dilation
 GEOMETRIES = {

@@ -5,7 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <memory>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -14,36 +14,12 @@
 #include "check.h"
 #include "cpu/bn_vectors.h"
 #include "cpu/conv_params.h"
+#include "cpu/conv_weight.h"
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
 
 namespace fastresnet::cpu {
 namespace {
-
-// Memory of a thread that stays from call to call: fresh pages would cost more than the kernels
-// save. It is as large as the largest call needed.
-class Scratch {
- public:
-  float* floats(int64_t count) {
-    if (count > size_) {
-      memory_.reset(static_cast<float*>(std::aligned_alloc(kAlignment, bytes(count))));
-      check(memory_ != nullptr, "out of memory: ", bytes(count), " bytes of scratch");
-      std::fill(memory_.get(), memory_.get() + count, 0.0f);
-      size_ = count;
-    }
-    return memory_.get();
-  }
-
- private:
-  static constexpr int64_t kAlignment = 4096;
-  static int64_t bytes(int64_t count) {
-    return (count * int64_t{sizeof(float)} + kAlignment - 1) / kAlignment * kAlignment;
-  }
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> memory_;
-  int64_t size_ = 0;
-};
 
 int64_t threads() { return torch::stable::get_num_threads(); }
 
@@ -88,49 +64,64 @@ int64_t second_level_cache() {
   return bytes;
 }
 
-int64_t padded(int64_t channels) { return channel_blocks(channels) * kChannelBlock; }
-
 // Bytes of one staged pixel of so many channels.
 int64_t staged_bytes(int64_t channels, DType dtype) {
   constexpr int64_t kLineBytes = 64;
   return padded(channels) / kernels().conv_line_channels(dtype) * kLineBytes;
 }
 
-ConvPlan forward_plan(const ConvShape& s, DType dtype) {
+// Bytes of a staged pixel of the grid, of all phases that are read.
+int64_t input_bytes(const ConvShape& s, DType dtype) {
   const int64_t phases = std::min(s.stride * s.stride, s.kernel_height * s.kernel_width);
-  return ConvPlan(s, phases * staged_bytes(s.channels, dtype), second_level_cache() / 4, threads());
+  return phases * staged_bytes(s.channels, dtype);
 }
 
-ConvPlan backward_plan(const ConvShape& s, DType dtype) {
-  const int64_t phases = std::min(s.stride * s.stride, s.kernel_height * s.kernel_width);
-  return ConvPlan(s, phases * staged_bytes(s.channels, dtype) + staged_bytes(s.out_channels, dtype),
-                  second_level_cache() / 4, threads());
+ConvPlan plan_blocks(const ConvShape& s, int64_t pixel_bytes) {
+  return ConvPlan(s, pixel_bytes, second_level_cache() / 4, threads());
 }
 
-// The weight in the order in which the kernels read it, in the calling thread's memory.
-const float* pack(const Tensor& weight, const ConvPlan& plan, DType dtype, bool transposed) {
-  static thread_local Scratch scratch;
-  const ConvShape& s = plan.shape;
-  const KernelTable& table = kernels();
-  const int64_t columns = transposed ? s.channels : s.out_channels;
-  const int64_t depth = transposed ? s.out_channels : s.channels;
-  const int64_t elements = padded(depth) * 16 / table.conv_line_channels(dtype);
-  const int64_t block = s.kernel_height * s.kernel_width * elements * kChannelBlock;
-  const int64_t blocks = channel_blocks(columns);
-  float* packed = scratch.floats(blocks * block);
-  const ConvWeight view{weight.const_data_ptr(),
-                        dtype_of("conv", weight),
-                        {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)}};
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i)
-      table.conv_pack(view, plan, dtype, transposed, i, packed + i * block);
-  });
-  return packed;
+ConvPlan plan_whole(const ConvShape& s, int64_t pixel_bytes) {
+  return ConvPlan(s, pixel_bytes, std::numeric_limits<int64_t>::max() / 2, 1);
 }
 
-float* thread_scratch(int64_t floats) {
+// Staged pixels of a block of a thread's own, and of those that all threads work on.
+float* own_staged(int64_t floats) {
   static thread_local Scratch scratch;
   return scratch.floats(floats);
+}
+float* shared_staged(int64_t floats) {
+  static thread_local Scratch scratch;
+  return scratch.floats(floats);
+}
+
+// A convolution is shared out between threads in one of two ways. By blocks: each thread stages
+// blocks of pixels of its own in its second-level cache, and reads the whole weight for each.
+// By channels: all threads stage all pixels, then each takes some channels of the result, so that
+// every weight is read, and every gradient of a weight written, once. That is the better way where
+// there are more weights than pixels. Where there are fewer blocks of channels than threads, they
+// share out the pixels too.
+struct Share {
+  int64_t groups;  // of rows
+  int64_t blocks;  // of channels
+  Range whole_rows;
+
+  Share(const ConvBlock& block, int64_t channels)
+      : groups(1), blocks(channel_blocks(channels)), whole_rows{0, block.images * block.rows} {
+    groups = std::min((threads() + blocks - 1) / blocks, whole_rows.end);
+  }
+  int64_t parts() const { return groups * blocks; }
+  int64_t group(int64_t part) const { return part / blocks; }
+  Range rows(int64_t part) const {
+    return {whole_rows.end * group(part) / groups, whole_rows.end * (group(part) + 1) / groups};
+  }
+  Range channel_block(int64_t part) const { return {part % blocks, part % blocks + 1}; }
+};
+
+// body(panels) on every thread, for its share of the panels.
+template <class Body>
+void parallel_panels(int64_t panels, Body body) {
+  torch::stable::parallel_for(0, panels, 1,
+                              [&](int64_t first, int64_t last) { body(Range{first, last}); });
 }
 
 // What is done to the input before a convolution: relu(batch norm), or nothing.
@@ -146,6 +137,87 @@ std::optional<BatchNorm> check_prologue(const char* op, const Tensor& x,
   return check_batch_norm(op, x, *mean, *var, *weight, &*bias, eps);
 }
 
+// Moments of y, group by group of its rows.
+class OutputMoments {
+ public:
+  OutputMoments(int64_t groups, int64_t channels)
+      : channels_(channels),
+        shift_(groups * channels),
+        sums_(groups * 2 * channels),
+        counts_(groups) {}
+
+  ConvMoments of(int64_t group, bool first) {
+    double* sums = &sums_[group * 2 * channels_];
+    return {first, &shift_[group * channels_], sums, sums + channels_};
+  }
+  void count(int64_t group, int64_t outputs) { counts_[group] += static_cast<double>(outputs); }
+  double count(int64_t group) const { return counts_[group]; }
+
+  // Mean and biased variance of each channel.
+  void merge(float* mean, float* var) const {
+    for (int64_t c = 0; c < channels_; ++c) {
+      Moments<double> total{0, 0, 0};
+      for (size_t group = 0; group < counts_.size(); ++group) {
+        if (counts_[group] == 0) continue;
+        const double* sums = &sums_[group * 2 * channels_];
+        const double offset = sums[c] / counts_[group];
+        const double m2 = std::max(0.0, sums[channels_ + c] - offset * sums[c]);
+        const double of_group = shift_[group * channels_ + c] + offset;
+        total = fastresnet::merge(total, {counts_[group], of_group, m2});
+      }
+      mean[c] = static_cast<float>(total.mean);
+      var[c] = static_cast<float>(total.biased_variance());
+    }
+  }
+
+ private:
+  int64_t channels_;
+  std::vector<float> shift_;
+  std::vector<double> sums_, counts_;
+};
+
+OutputMoments forward_by_blocks(const ConvForwardParams& p) {
+  const ConvPlan& plan = *p.plan;
+  const KernelTable& table = kernels();
+  const int64_t parts = std::min(threads(), plan.blocks);
+  const int64_t panels = padded(plan.shape.channels) / table.conv_line_channels(p.dtype);
+  const int64_t out_blocks = channel_blocks(plan.shape.out_channels);
+  const int64_t floats = table.conv_staged_floats(plan, p.dtype);
+  OutputMoments moments(parts, plan.shape.out_channels);
+  parallel(parts, [&](int64_t part) {
+    float* staged = own_staged(floats);
+    for (int64_t i = plan.blocks * part / parts; i < plan.blocks * (part + 1) / parts; ++i) {
+      const ConvBlock block = plan.block(i);
+      const Range rows{0, block.images * block.rows};
+      const int64_t outputs = plan.outputs(block, rows);
+      if (outputs == 0) continue;
+      table.conv_stage(p, block, {0, panels}, staged);
+      table.conv_forward(p, block, staged, rows, {0, out_blocks},
+                         moments.of(part, moments.count(part) == 0));
+      moments.count(part, outputs);
+    }
+  });
+  return moments;
+}
+
+OutputMoments forward_by_channels(const ConvForwardParams& p) {
+  const ConvPlan& plan = *p.plan;
+  const KernelTable& table = kernels();
+  const ConvBlock block = plan.block(0);
+  const int64_t panels = padded(plan.shape.channels) / table.conv_line_channels(p.dtype);
+  float* staged = shared_staged(table.conv_staged_floats(plan, p.dtype));
+  parallel_panels(panels, [&](Range range) { table.conv_stage(p, block, range, staged); });
+  const Share share(block, plan.shape.out_channels);
+  OutputMoments moments(share.groups, plan.shape.out_channels);
+  parallel(share.parts(), [&](int64_t part) {
+    table.conv_forward(p, block, staged, share.rows(part), share.channel_block(part),
+                       moments.of(share.group(part), true));
+  });
+  for (int64_t group = 0; group < share.groups; ++group)
+    moments.count(group, plan.outputs(block, share.rows(group * share.blocks)));
+  return moments;
+}
+
 std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(const Tensor& x, std::optional<Tensor> x_mean,
                                                   std::optional<Tensor> x_var,
                                                   std::optional<Tensor> x_weight,
@@ -157,87 +229,98 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(const Tensor& x, std::optional
   const std::optional<BatchNorm> prologue =
       check_prologue(op, x, x_mean, x_var, x_weight, x_bias, x_eps);
   const DType dtype = dtype_of(op, x);
-  const ConvPlan plan = forward_plan(s, dtype);
   const KernelTable& table = kernels();
 
   Tensor y =
       torch::stable::empty({s.batch, s.out_channels, s.out_height, s.out_width}, x.scalar_type(),
                            std::nullopt, x.device(), std::nullopt, MemoryFormat::ChannelsLast);
   ConvForwardParams p{};
-  p.plan = &plan;
   p.dtype = dtype;
   p.x = x.const_data_ptr();
   if (prologue) {
     p.scale = prologue->scale.data();
     p.shift = prologue->shift.data();
   }
-  p.weight = pack(weight, plan, dtype, false);
   p.y = y.mutable_data_ptr();
 
-  const int64_t parts = std::min(threads(), plan.blocks);
-  const int64_t scratch = table.conv_forward_scratch(plan, dtype);
-  std::vector<double> moments(parts * 2 * s.out_channels);
-  parallel(parts, [&](int64_t part) {
-    double* mean = &moments[part * 2 * s.out_channels];
-    table.conv_forward(p, plan.blocks * part / parts, plan.blocks * (part + 1) / parts,
-                       thread_scratch(scratch), mean, mean + s.out_channels);
-  });
+  const int64_t pixel_bytes = input_bytes(s, dtype);
+  const ConvPlan blocks = plan_blocks(s, pixel_bytes), whole = plan_whole(s, pixel_bytes);
+  const int64_t line_channels = table.conv_line_channels(dtype);
+  const int64_t weight_bytes = padded_size(s) / line_channels * 64;
+  const bool by_channels = threads() * weight_bytes >
+                           2 * int64_t{sizeof(float)} * table.conv_staged_floats(whole, dtype);
+  const ConvPlan& plan = by_channels ? whole : blocks;
+  p.plan = &plan;
+  p.weight = pack(weight, plan, dtype, false);
+  const OutputMoments moments = by_channels ? forward_by_channels(p) : forward_by_blocks(p);
 
   Tensor mean = empty_vector(x, s.out_channels), var = empty_vector(x, s.out_channels);
-  std::vector<double> counts(parts);
-  for (int64_t part = 0; part < parts; ++part)
-    for (int64_t i = plan.blocks * part / parts; i < plan.blocks * (part + 1) / parts; ++i)
-      counts[part] += static_cast<double>(plan.outputs(plan.block(i)));
-  for (int64_t c = 0; c < s.out_channels; ++c) {
-    Moments<double> total{0, 0, 0};
-    for (int64_t part = 0; part < parts; ++part) {
-      const double* of_part = &moments[part * 2 * s.out_channels];
-      total = merge(total, {counts[part], of_part[c], of_part[s.out_channels + c]});
-    }
-    mean.mutable_data_ptr<float>()[c] = static_cast<float>(total.mean);
-    var.mutable_data_ptr<float>()[c] = static_cast<float>(total.biased_variance());
-  }
+  moments.merge(mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>());
   return {y, mean, var};
 }
 
-// The threads' shares of the gradient of the weight, [parts, out blocks, in blocks, taps, 32, 32],
-// added up in the order of the parts into the weight's own layout.
-template <class W>
-void reduce_weight_gradient(const ConvPlan& plan, const float* shares, int64_t parts, Tensor& out) {
-  const ConvShape& s = plan.shape;
-  const int64_t in_blocks = channel_blocks(s.channels), out_blocks = channel_blocks(s.out_channels);
-  const int64_t taps = static_cast<int64_t>(plan.taps.size());
-  constexpr int64_t kTile = kChannelBlock * kChannelBlock;
-  const int64_t size = out_blocks * in_blocks * taps * kTile;
-  W* data = out.mutable_data_ptr<W>();
-  const int64_t strides[] = {out.stride(0), out.stride(1), out.stride(2), out.stride(3)};
-  torch::stable::parallel_for(0, out_blocks * in_blocks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i)
-      for (int64_t t = 0; t < taps; ++t) {
-        const int64_t n0 = i / in_blocks * kChannelBlock, c0 = i % in_blocks * kChannelBlock;
-        const int64_t rows = std::min(kChannelBlock, s.out_channels - n0);
-        const int64_t columns = std::min(kChannelBlock, s.channels - c0);
-        const int64_t tap = plan.taps[t].weight;
-        W* to = data + n0 * strides[0] + c0 * strides[1] + tap / s.kernel_width * strides[2] +
-                tap % s.kernel_width * strides[3];
-        for (int64_t n = 0; n < rows; ++n) {
-          const float* share = shares + (i * taps + t) * kTile + n * kChannelBlock;
-          float total[kChannelBlock];
-          std::copy(share, share + kChannelBlock, total);
-          for (int64_t part = 1; part < parts; ++part)
-            for (int64_t c = 0; c < kChannelBlock; ++c) total[c] += share[part * size + c];
-          for (int64_t c = 0; c < columns; ++c)
-            to[n * strides[0] + c * strides[1]] = static_cast<W>(total[c]);
-        }
-      }
-  });
+int64_t backward_panels(const ConvBackwardParams& p) {
+  const ConvShape& s = p.plan->shape;
+  return (padded(s.out_channels) + padded(s.channels)) / kernels().conv_line_channels(p.dtype);
 }
 
-Tensor empty_like_weight(const Tensor& weight) {
-  const bool nhwc = is_channels_last(weight) && !weight.is_contiguous();
-  return torch::stable::empty(weight.sizes(), weight.scalar_type(), std::nullopt, weight.device(),
-                              std::nullopt,
-                              nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+// Both return the sums of dx and dx * (x - x_mean), [groups, 2, channels], still to be added up.
+std::vector<double> backward_by_blocks(const ConvBackwardParams& p, WeightGradient& dweight) {
+  static thread_local Scratch shares_scratch;
+  const ConvPlan& plan = *p.plan;
+  const ConvShape& s = plan.shape;
+  const KernelTable& table = kernels();
+  const int64_t parts = std::min(threads(), plan.blocks), panels = backward_panels(p);
+  const int64_t out_blocks = channel_blocks(s.out_channels), in_blocks = channel_blocks(s.channels);
+  const int64_t floats = table.conv_backward_staged_floats(plan, p.dtype);
+  const int64_t share = padded_size(s);
+  float* shares = shares_scratch.floats(parts * share);
+  std::vector<double> sums(parts * 2 * s.channels);
+  parallel(parts, [&](int64_t part) {
+    float* staged = own_staged(floats);
+    const int64_t first = plan.blocks * part / parts;
+    for (int64_t i = first; i < plan.blocks * (part + 1) / parts; ++i) {
+      const ConvBlock block = plan.block(i);
+      table.conv_backward_stage(p, block, {0, panels}, staged);
+      if (p.dx)
+        table.conv_input_gradient(p, block, staged, {0, block.images * block.rows}, {0, in_blocks},
+                                  &sums[part * 2 * s.channels]);
+      table.conv_weight_gradient(p, block, staged, {0, out_blocks}, {0, in_blocks}, i > first,
+                                 shares + part * share);
+    }
+  });
+  const int64_t tiles = share / (out_blocks * in_blocks);
+  parallel(out_blocks * in_blocks, [&](int64_t i) {
+    dweight.store(i / in_blocks, i % in_blocks, shares + i * tiles, parts, share);
+  });
+  return sums;
+}
+
+std::vector<double> backward_by_channels(const ConvBackwardParams& p, WeightGradient& dweight) {
+  const ConvPlan& plan = *p.plan;
+  const ConvShape& s = plan.shape;
+  const KernelTable& table = kernels();
+  const ConvBlock block = plan.block(0);
+  const int64_t out_blocks = channel_blocks(s.out_channels), in_blocks = channel_blocks(s.channels);
+  float* staged = shared_staged(table.conv_backward_staged_floats(plan, p.dtype));
+  parallel_panels(backward_panels(p),
+                  [&](Range range) { table.conv_backward_stage(p, block, range, staged); });
+  const Share share(block, s.channels);
+  std::vector<double> sums(share.groups * 2 * s.channels);
+  if (p.dx)
+    parallel(share.parts(), [&](int64_t part) {
+      table.conv_input_gradient(p, block, staged, share.rows(part), share.channel_block(part),
+                                &sums[share.group(part) * 2 * s.channels]);
+    });
+  const int64_t tiles = padded_size(s) / (out_blocks * in_blocks);
+  parallel(out_blocks * in_blocks, [&](int64_t i) {
+    static thread_local Scratch scratch;
+    float* own = scratch.floats(tiles);
+    const int64_t n = i / in_blocks, c = i % in_blocks;
+    table.conv_weight_gradient(p, block, staged, {n, n + 1}, {c, c + 1}, false, own);
+    dweight.store(n, c, own, 1, 0);
+  });
+  return sums;
 }
 
 Tensor empty_sums(const Tensor& like, int64_t channels) {
@@ -268,7 +351,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_backward_cpu(
   check(addend || !addend_mask, op, ": expected addend with addend_mask");
 
   const DType dtype = dtype_of(op, x);
-  const ConvPlan plan = backward_plan(s, dtype);
   const KernelTable& table = kernels();
   const int64_t outputs = s.batch * s.out_height * s.out_width;
   Tensor dbn_weight = empty_vector(y, s.out_channels), dbn_bias = empty_vector(y, s.out_channels);
@@ -280,7 +362,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_backward_cpu(
   Tensor dx = wants_dx ? empty_channels_last(x)
                        : torch::stable::empty({0}, x.scalar_type(), std::nullopt, x.device());
   ConvBackwardParams p{};
-  p.plan = &plan;
   p.dtype = dtype;
   p.grad = grad.const_data_ptr();
   if (grad_mask) p.grad_mask = check_mask(op, *grad_mask, y);
@@ -298,42 +379,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_backward_cpu(
     p.addend = addend->const_data_ptr();
     if (addend_mask) p.addend_mask = check_mask(op, *addend_mask, x);
   }
+
+  const int64_t pixel_bytes = input_bytes(s, dtype) + staged_bytes(s.out_channels, dtype);
+  const ConvPlan blocks = plan_blocks(s, pixel_bytes), whole = plan_whole(s, pixel_bytes);
+  const bool by_channels =
+      threads() * padded_size(s) > table.conv_backward_staged_floats(whole, dtype);
+  const ConvPlan& plan = by_channels ? whole : blocks;
+  p.plan = &plan;
   if (wants_dx) {
     p.weight = pack(weight, plan, dtype, true);
     p.dx = dx.mutable_data_ptr();
   }
+  WeightGradient dweight(weight, plan);
+  const std::vector<double> x_sums =
+      by_channels ? backward_by_channels(p, dweight) : backward_by_blocks(p, dweight);
 
-  static thread_local Scratch shares_scratch;
-  const int64_t parts = std::min(threads(), plan.blocks);
-  const int64_t scratch = table.conv_backward_scratch(plan, dtype);
-  const int64_t share =
-      padded(s.out_channels) * padded(s.channels) * static_cast<int64_t>(plan.taps.size());
-  float* shares = shares_scratch.floats(parts * share);
-  std::vector<double> x_sums(parts * 2 * s.channels);
-  parallel(parts, [&](int64_t part) {
-    std::fill(shares + part * share, shares + (part + 1) * share, 0.0f);
-    table.conv_backward(p, plan.blocks * part / parts, plan.blocks * (part + 1) / parts,
-                        thread_scratch(scratch), shares + part * share,
-                        &x_sums[part * 2 * s.channels]);
-  });
-
-  Tensor dweight = empty_like_weight(weight);
-  switch (weight.scalar_type()) {
-    case ScalarType::BFloat16:
-      reduce_weight_gradient<c10::BFloat16>(plan, shares, parts, dweight);
-      break;
-    case ScalarType::Half:
-      reduce_weight_gradient<c10::Half>(plan, shares, parts, dweight);
-      break;
-    default:
-      reduce_weight_gradient<float>(plan, shares, parts, dweight);
-  }
   Tensor dx_sums = empty_sums(x, prologue && wants_dx ? s.channels : 0);
   double* total = dx_sums.mutable_data_ptr<double>();
   std::fill(total, total + dx_sums.numel(), 0.0);
-  for (int64_t part = 0; part < parts; ++part)
-    for (int64_t i = 0; i < dx_sums.numel(); ++i) total[i] += x_sums[part * 2 * s.channels + i];
-  return {dx, dweight, dbn_weight, dbn_bias, dx_sums};
+  for (size_t i = 0; dx_sums.numel() && i < x_sums.size(); ++i)
+    total[i % (2 * s.channels)] += x_sums[i];
+  return {dx, dweight.tensor(), dbn_weight, dbn_bias, dx_sums};
 }
 
 }  // namespace

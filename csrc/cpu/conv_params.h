@@ -36,6 +36,13 @@ struct ConvForwardParams {
   void* y;
 };
 
+// Sums over outputs of what they are more than `shift`, and of its square; all [out_channels].
+struct ConvMoments {
+  bool first;  // nothing was added yet: shift is to be set
+  float* shift;
+  double *sum, *square;
+};
+
 struct ConvBackwardParams {
   const ConvPlan* plan;
   DType dtype;
@@ -48,7 +55,7 @@ struct ConvBackwardParams {
   const float* scale;   // as in the forward; where given, the gradient of scale * x + shift is
   const float* shift;   // taken and its sums with it
   const float* x_mean;  // [channels], with scale
-  const float* weight;  // as conv_pack_transposed leaves it
+  const float* weight;  // as conv_pack leaves it, transposed
   const void* addend;   // like x, added to the gradient of x; may be null
   const uint8_t* addend_mask;  // where it counts; null: everywhere
   void* dx;                    // null: not wanted

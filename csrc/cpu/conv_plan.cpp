@@ -76,9 +76,12 @@ ConvBlock ConvPlan::block(int64_t index) const {
   return {index / blocks_an_image, 1, row, std::min(rows, grid_height - row)};
 }
 
-int64_t ConvPlan::outputs(const ConvBlock& b) const {
-  const int64_t rows_of_output = std::clamp<int64_t>(shape.out_height - b.row, 0, b.rows);
-  return b.images * rows_of_output * shape.out_width;
+int64_t ConvPlan::outputs(const ConvBlock& b, Range rows) const {
+  const int64_t of_image = std::clamp<int64_t>(shape.out_height - b.row, 0, b.rows);
+  const auto before = [&](int64_t row) {
+    return row / b.rows * of_image + std::min(row % b.rows, of_image);
+  };
+  return (before(rows.end) - before(rows.begin)) * shape.out_width;
 }
 
 }  // namespace fastresnet::cpu

@@ -17,6 +17,10 @@
 
 namespace fastresnet::cpu {
 
+struct Range {
+  int64_t begin, end;
+};
+
 struct ConvShape {
   int64_t batch, height, width, channels;
   int64_t out_height, out_width, out_channels;
@@ -61,12 +65,13 @@ struct ConvPlan {
   int64_t at(int64_t image, int64_t row, const ConvBlock& b) const {
     return margin + (halo + image * (b.rows + halo) + row) * pitch;
   }
+  int64_t first_place() const { return margin + halo * pitch; }
   int64_t distance(const Tap& tap) const { return tap.row * pitch + tap.column; }
   int64_t plane_pixels() const { return 2 * margin + (halo + images * (rows + halo)) * pitch; }
   // Pixels of the block whose products count: from the first image's first to the last's last.
   int64_t span(const ConvBlock& b) const { return (b.images * (b.rows + halo) - halo) * pitch; }
-  // Outputs in a block.
-  int64_t outputs(const ConvBlock& b) const;
+  // Outputs in some rows of a block, counted through its images.
+  int64_t outputs(const ConvBlock& b, Range rows) const;
 };
 
 }  // namespace fastresnet::cpu

@@ -16,6 +16,10 @@ namespace {
 
 #include "cpu/kernels/tile-inl.h"
 
+#include "cpu/kernels/conv_stage-inl.h"
+
+#include "cpu/kernels/conv_store-inl.h"
+
 #include "cpu/kernels/conv-inl.h"
 
 }  // namespace
@@ -23,6 +27,8 @@ namespace {
 FASTRESNET_TARGET_END
 
 const fastresnet::cpu::KernelTable fastresnet::cpu::avx512_bf16::table = {
-    bn_moments, bn_forward,           bn_backward_sums,      bn_backward,  conv_line_channels,
-    conv_pack,  conv_forward_scratch, conv_backward_scratch, conv_forward, conv_backward};
+    bn_moments,          bn_forward,   bn_backward_sums,    bn_backward,
+    conv_line_channels,  conv_pack,    conv_staged_floats,  conv_backward_staged_floats,
+    conv_stage,          conv_forward, conv_backward_stage, conv_input_gradient,
+    conv_weight_gradient};
 #endif

@@ -13,11 +13,17 @@ namespace {
 
 #include "cpu/kernels/tile-inl.h"
 
+#include "cpu/kernels/conv_stage-inl.h"
+
+#include "cpu/kernels/conv_store-inl.h"
+
 #include "cpu/kernels/conv-inl.h"
 
 }  // namespace
 }  // namespace fastresnet::cpu::portable
 
 const fastresnet::cpu::KernelTable fastresnet::cpu::portable::table = {
-    bn_moments, bn_forward,           bn_backward_sums,      bn_backward,  conv_line_channels,
-    conv_pack,  conv_forward_scratch, conv_backward_scratch, conv_forward, conv_backward};
+    bn_moments,          bn_forward,   bn_backward_sums,    bn_backward,
+    conv_line_channels,  conv_pack,    conv_staged_floats,  conv_backward_staged_floats,
+    conv_stage,          conv_forward, conv_backward_stage, conv_input_gradient,
+    conv_weight_gradient};

@@ -15,6 +15,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 #include "cpu/conv_params.h"
 #include "params.h"
@@ -46,19 +47,32 @@ struct KernelTable {
   void (*conv_pack)(const ConvWeight& weight, const ConvPlan& plan, DType dtype, bool transposed,
                     int64_t column_block, float* packed);
 
-  // Floats of scratch that a thread needs.
-  int64_t (*conv_forward_scratch)(const ConvPlan& plan, DType dtype);
-  int64_t (*conv_backward_scratch)(const ConvPlan& plan, DType dtype);
+  // Floats that the plan's blocks take when staged. Memory for them begins on a line.
+  int64_t (*conv_staged_floats)(const ConvPlan& plan, DType dtype);
+  int64_t (*conv_backward_staged_floats)(const ConvPlan& plan, DType dtype);
 
-  // Blocks [begin, end) of y, and mean and centred sum of squares of their values.
-  // mean, m2: [out_channels].
-  void (*conv_forward)(const ConvForwardParams& p, int64_t begin, int64_t end, float* scratch,
-                       double* mean, double* m2);
+  // Stages some of the panels (of conv_line_channels) of a block's input.
+  void (*conv_stage)(const ConvForwardParams& p, const ConvBlock& block, Range panels,
+                     float* staged);
 
-  // Blocks [begin, end) of dx, added to dweight [out blocks, in blocks, taps, 32, 32] their share
-  // of the gradient of the weight, and to sums [2, channels] those of dx and dx * (x - x_mean).
-  void (*conv_backward)(const ConvBackwardParams& p, int64_t begin, int64_t end, float* scratch,
-                        float* dweight, double* sums);
+  // Some rows (counted through the block's images) and blocks of 32 channels of y, from a block of
+  // which all is staged, and their moments.
+  void (*conv_forward)(const ConvForwardParams& p, const ConvBlock& block, float* staged,
+                       Range rows, Range out_blocks, const ConvMoments& moments);
+
+  // Stages some panels: those of the gradient of y first, then those of the input.
+  void (*conv_backward_stage)(const ConvBackwardParams& p, const ConvBlock& block, Range panels,
+                              float* staged);
+
+  // Some rows and blocks of channels of dx. Added to sums [2, channels]: those of dx and of
+  // dx * (x - x_mean).
+  void (*conv_input_gradient)(const ConvBackwardParams& p, const ConvBlock& block, float* staged,
+                              Range rows, Range in_blocks, double* sums);
+
+  // The block's share of the gradient of the weight, or that added to dweight [out_blocks,
+  // in_blocks, taps, 32, 32].
+  void (*conv_weight_gradient)(const ConvBackwardParams& p, const ConvBlock& block, float* staged,
+                               Range out_blocks, Range in_blocks, bool add, float* dweight);
 };
 
 // A level is a file isa_LEVEL.cpp that defines its table.

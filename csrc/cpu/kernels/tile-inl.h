@@ -138,13 +138,13 @@ inline void multiply(Pixels a, const float* b, float* c, int64_t rows) {
 
 // A matrix of pixels of which 32 channels are taken: panels of 16.
 struct Lines {
-  const float* first;
+  float* first;
   int64_t panel_stride;
 };
 
-// c[32, 32] += the sum over `count` lines of a's channels times b's.
+// c[32, 32] = the sum over `count` lines of a's channels times b's, added to c if so wished.
 template <class Element>
-inline void outer_product(const Lines& a, const Lines& b, int64_t count, float* c) {
+inline void outer_product(const Lines& a, const Lines& b, int64_t count, bool add, float* c) {
   for (int64_t row = 0; row < kChannelBlock; row += kOuterRows)
     for (int64_t column = 0; column < kChannelBlock; column += kProductColumns) {
       float* tile = c + row * kChannelBlock + column;
@@ -159,7 +159,7 @@ inline void outer_product(const Lines& a, const Lines& b, int64_t count, float* 
       for (int r = 0; r < kOuterRows; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < kProductVecs; ++v)
-          sums[r][v] = load(tile + r * kChannelBlock + v * kWidth, Full{});
+          sums[r][v] = add ? load(tile + r * kChannelBlock + v * kWidth, Full{}) : broadcast(0.0f);
       for (int64_t i = 0; i < count; ++i) {
         Vec columns[kProductVecs];
 #pragma GCC unroll 4

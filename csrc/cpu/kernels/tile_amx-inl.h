@@ -90,13 +90,21 @@ inline void multiply<TilePair>(Pixels a, const float* b, float* c, int64_t rows)
 }
 
 template <>
-inline void outer_product<TilePair>(const Lines& a, const Lines& b, int64_t count, float* c) {
+inline void outer_product<TilePair>(const Lines& a, const Lines& b, int64_t count, bool add,
+                                    float* c) {
   finish_stores();
   float* lower = c + kAmxRows * kChannelBlock;
-  _tile_loadd(0, c, kColumnBytes);
-  _tile_loadd(1, c + kLine, kColumnBytes);
-  _tile_loadd(2, lower, kColumnBytes);
-  _tile_loadd(3, lower + kLine, kColumnBytes);
+  if (add) {
+    _tile_loadd(0, c, kColumnBytes);
+    _tile_loadd(1, c + kLine, kColumnBytes);
+    _tile_loadd(2, lower, kColumnBytes);
+    _tile_loadd(3, lower + kLine, kColumnBytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (int64_t line = 0; line < count; line += kAmxRows) {
     const float *left = a.first + line * kLine, *right = b.first + line * kLine;
     _tile_loadd(4, left, kLineBytes);

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/conv_weight.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+
+#include "cpu/isa.h"
+#include "cpu/scratch.h"
+
+namespace fastresnet::cpu {
+namespace {
+
+constexpr int64_t kTile = kChannelBlock * kChannelBlock;
+
+Tensor empty_like_weight(const Tensor& weight) {
+  const bool nhwc = is_channels_last(weight) && !weight.is_contiguous();
+  return torch::stable::empty(weight.sizes(), weight.scalar_type(), std::nullopt, weight.device(),
+                              std::nullopt,
+                              nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+}  // namespace
+
+int64_t padded_size(const ConvShape& s) {
+  return padded(s.out_channels) * padded(s.channels) * s.kernel_height * s.kernel_width;
+}
+
+const float* pack(const Tensor& weight, const ConvPlan& plan, DType dtype, bool transposed) {
+  static thread_local Scratch scratch;
+  const KernelTable& table = kernels();
+  constexpr int64_t kLine = 16;  // elements
+  const int64_t size = padded_size(plan.shape) / table.conv_line_channels(dtype) * kLine;
+  const int64_t blocks = channel_blocks(transposed ? plan.shape.channels : plan.shape.out_channels);
+  float* packed = scratch.floats(size);
+  const ConvWeight view{weight.const_data_ptr(),
+                        dtype_of("conv", weight),
+                        {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)}};
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      table.conv_pack(view, plan, dtype, transposed, i, packed + i * (size / blocks));
+  });
+  return packed;
+}
+
+WeightGradient::WeightGradient(const Tensor& weight, const ConvPlan& plan)
+    : plan_(plan),
+      tensor_(empty_like_weight(weight)),
+      dtype_(dtype_of("conv", weight)),
+      data_(tensor_.mutable_data_ptr()),
+      strides_{tensor_.stride(0), tensor_.stride(1), tensor_.stride(2), tensor_.stride(3)} {}
+
+void WeightGradient::store(int64_t out_block, int64_t in_block, const float* tiles, int64_t count,
+                           int64_t stride) {
+  const int64_t n0 = out_block * kChannelBlock, c0 = in_block * kChannelBlock;
+  switch (dtype_) {
+    case DType::bfloat16:
+      return store_as<c10::BFloat16>(n0, c0, tiles, count, stride);
+    case DType::float16:
+      return store_as<c10::Half>(n0, c0, tiles, count, stride);
+    default:
+      return store_as<float>(n0, c0, tiles, count, stride);
+  }
+}
+
+template <class W>
+void WeightGradient::store_as(int64_t n0, int64_t c0, const float* tiles, int64_t count,
+                              int64_t stride) {
+  const ConvShape& s = plan_.shape;
+  const int64_t rows = std::min(kChannelBlock, s.out_channels - n0);
+  const int64_t columns = std::min(kChannelBlock, s.channels - c0);
+  for (size_t t = 0; t < plan_.taps.size(); ++t) {
+    const int64_t tap = plan_.taps[t].weight;
+    W* to = static_cast<W*>(data_) + n0 * strides_[0] + c0 * strides_[1] +
+            tap / s.kernel_width * strides_[2] + tap % s.kernel_width * strides_[3];
+    for (int64_t n = 0; n < rows; ++n) {
+      const float* row = tiles + t * kTile + n * kChannelBlock;
+      float total[kChannelBlock];
+      std::copy(row, row + kChannelBlock, total);
+      for (int64_t i = 1; i < count; ++i)
+        for (int64_t c = 0; c < kChannelBlock; ++c) total[c] += row[i * stride + c];
+      for (int64_t c = 0; c < columns; ++c)
+        to[n * strides_[0] + c * strides_[1]] = static_cast<W>(total[c]);
+    }
+  }
+}
+
+}  // namespace fastresnet::cpu

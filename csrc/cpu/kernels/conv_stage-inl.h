@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// Staging: the pixels of a block, and what comes before the convolution (batch norm and ReLU,
+// forward or backward) computed on the way. tile-inl.h says what a staged line is.
+
+// Elements and lines -------------------------------------------------------------------------
+
+template <class T>
+struct ElementOf {
+  using type = Single;
+};
+#if defined(FASTRESNET_AMX)
+template <>
+struct ElementOf<BFloat16> {
+  using type = TilePair;
+};
+#elif defined(FASTRESNET_AVX512_BF16)
+template <>
+struct ElementOf<BFloat16> {
+  using type = Pair;
+};
+#endif
+template <class T>
+using Element = typename ElementOf<T>::type;
+
+template <class E>
+constexpr int64_t kLineChannels = kLine * E::kDepth;
+
+template <class E>
+int64_t panels(int64_t channels) {
+  return channel_blocks(channels) * kChannelBlock / kLineChannels<E>;
+}
+
+// Staging ------------------------------------------------------------------------------------
+
+// The staged pixels of a block: panels of lines, one line a pixel.
+struct Plane {
+  float* lines;
+  int64_t panel_stride, panels;
+
+  Plane part(Range range) const {
+    return {lines + range.begin * panel_stride, panel_stride, range.end - range.begin};
+  }
+
+  void zero(int64_t pixel, int64_t count) const {
+    for (int64_t panel = 0; panel < panels; ++panel)
+      std::memset(lines + panel * panel_stride + pixel * kLine, 0, count * kLine * sizeof(float));
+  }
+};
+
+// A line behind the last pixel, for the last pair, or as many as a product reads too far; and an
+// odd number of lines, so that panels do not fall on the same sets of the cache.
+template <class E>
+int64_t plane_lines(const ConvPlan& plan) {
+  return (plan.plane_pixels() + E::kRowStep) | 1;
+}
+
+// `count` pixels from `pixel` on of what make(c, part) makes: given the channels, a function from
+// a source pixel to a Vec. Source pixels begin at `from`, `step` apart.
+template <class E, class Make>
+inline void stage_run(const Plane& plane, int64_t channels, int64_t pixel, int64_t count,
+                      int64_t from, int64_t step, const Make& make) {
+  constexpr int64_t kPixels = 8;  // for which coefficients stay in registers
+  const int64_t padded = plane.panels * kLineChannels<E>;
+  for (int64_t begin = 0; begin < count; begin += kPixels) {
+    const int64_t end = std::min(count, begin + kPixels);
+    for (int64_t c = 0; c < padded; c += kWidth) {
+      float* line = plane.lines + c / kLineChannels<E> * plane.panel_stride + pixel * kLine;
+      const int64_t within = c % kLineChannels<E>;
+      const auto stage = [&](auto part) {
+        const auto value = make(c, part);
+        for (int64_t i = begin; i < end; ++i)
+          E::store_values(line + i * kLine, within, value(from + i * step));
+      };
+      if (c + kWidth <= channels)
+        stage(Full{});
+      else if (c < channels)
+        stage(Part{static_cast<int>(channels - c)});
+      else
+        for (int64_t i = begin; i < end; ++i)
+          E::store_values(line + i * kLine, within, broadcast(0.0f));
+    }
+  }
+}
+
+// Where a plane's pixels lie in memory: rows and columns of the grid that hold values, and the
+// pixel of memory at (image, row, column).
+struct Source {
+  int64_t height, width;
+  int64_t image_pitch, row_pitch, column_pitch, first;
+
+  int64_t pixel(int64_t image, int64_t row, int64_t column) const {
+    return first + image * image_pitch + row * row_pitch + column * column_pitch;
+  }
+};
+
+inline Source source_of_output(const ConvPlan& plan) {
+  const ConvShape& s = plan.shape;
+  return {s.out_height, s.out_width, s.out_height * s.out_width, s.out_width, 1, 0};
+}
+
+inline Source source_of_phase(const ConvPlan& plan, const Phase& phase) {
+  const ConvShape& s = plan.shape;
+  return {phase.height,       phase.width, s.height * s.width,
+          s.stride * s.width, s.stride,    phase.row * s.width + phase.column};
+}
+
+// Some panels of a block's plane, its halo included, zeros wherever there is no value.
+template <class E, class Make>
+void stage_plane(const ConvPlan& plan, const ConvBlock& block, const Source& source,
+                 const Plane& whole, Range range, int64_t all_channels, const Make& make_channels) {
+  if (range.begin >= range.end) return;
+  const Plane plane = whole.part(range);
+  const int64_t first = range.begin * kLineChannels<E>, channels = all_channels - first;
+  const auto make = [&](int64_t c, auto part) { return make_channels(first + c, part); };
+  plane.zero(0, plan.margin);
+  for (int64_t image = 0; image < block.images; ++image) {
+    // One column without padding: all rows are one run.
+    if (plan.pitch == 1 && plan.halo == 0) {
+      const int64_t rows = std::clamp<int64_t>(source.height - block.row, 0, block.rows);
+      const int64_t at = plan.at(image, 0, block);
+      stage_run<E>(plane, channels, at, rows, source.pixel(block.image + image, block.row, 0),
+                   source.row_pitch, make);
+      plane.zero(at + rows, block.rows - rows);
+      continue;
+    }
+    for (int64_t row = image == 0 ? -plan.halo : 0; row < block.rows + plan.halo; ++row) {
+      const int64_t at = plan.at(image, row, block), grid_row = block.row + row;
+      const bool inside = grid_row >= 0 && grid_row < source.height;
+      const int64_t width = inside ? source.width : 0;
+      stage_run<E>(plane, channels, at, width, source.pixel(block.image + image, grid_row, 0),
+                   source.column_pitch, make);
+      plane.zero(at + width, plan.pitch - width);
+    }
+  }
+  plane.zero(plan.at(block.images, 0, block), plan.margin + 1);
+}
+
+// x, or relu(scale * x + shift).
+template <class T>
+auto input_values(const T* x, int64_t channels, const float* scale, const float* shift) {
+  return [=](int64_t c, auto part) {
+    const bool normalised = scale != nullptr;
+    const Vec a = normalised ? load(scale + c, part) : broadcast(1.0f);
+    const Vec b = normalised ? load(shift + c, part) : broadcast(0.0f);
+    return [=](int64_t pixel) {
+      const Vec value = load(x + pixel * channels + c, part);
+      return normalised ? relu(fma(value, a, b)) : value;
+    };
+  };
+}
+
+// The gradient of y, behind the batch norm: see InputGradientVec.
+template <class T>
+auto output_gradients(const ConvBackwardParams& p) {
+  const int64_t channels = p.plan->shape.out_channels;
+  const T* grad = static_cast<const T*>(p.grad);
+  const T* y = static_cast<const T*>(p.y);
+  return [=, &p](int64_t c, auto part) {
+    const InputGradientVec gradient(p.mean, p.coefficients, c, part);
+    return [=, &p](int64_t pixel) {
+      Vec g = load(grad + pixel * channels + c, part);
+      if (p.grad_mask)
+        g = keep(load_lanes(p.grad_mask + pixel * mask_bytes(channels) + c / 8, part), g);
+      return gradient(g, load(y + pixel * channels + c, part));
+    };
+  };
+}

@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: Apache-2.0
+// Storing: a product of some pixels times 32 channels goes to memory, and what comes after the
+// convolution (statistics, ReLU's mask, sums) is computed on the way.
+
+// Rows of a product that are computed, then stored, at a time: 32 columns of floats in L1. A
+// multiple of the rows that the registers hold.
+#if defined(FASTRESNET_AMX)
+constexpr int kStoreRows = 64;
+#else
+constexpr int kStoreRows = kManyRegisters ? 56 : 48;
+#endif
+
+// Rows [begin, begin + count) of a product, which lie at `place` of the plane (counted from the
+// image's first pixel of the block), and the pixels of memory where they belong.
+struct Run {
+  int64_t begin, count, place, pixel, step;
+};
+
+struct Runs {
+  Run run[kStoreRows];
+  int count = 0;
+  // The product covers the places between the runs too: [run[0].place, + rows) in one piece.
+  bool joined = false;
+  int64_t rows = 0;
+
+  void add(int64_t place, int64_t length, int64_t pixel, int64_t step) {
+    const int64_t begin = joined && count ? place - run[0].place : rows;
+    run[count++] = {begin, length, place, pixel, step};
+    rows = begin + length;
+  }
+};
+
+// Calls body(runs) over some rows of a block's values of one image, at most kStoreRows of a product
+// at a time. A run is a row of the image, or several where they follow each other in the plane and
+// in memory; rows of few pixels are multiplied together with the padding between them.
+template <class E, class Body>
+inline void for_tiles(const ConvPlan& plan, const ConvBlock& block, const Source& source,
+                      int64_t image, Range rows, Body body) {
+  const int64_t first_row = rows.begin;
+  const int64_t end_row = std::min({rows.end, block.rows, source.height - block.row});
+  const int64_t first_image = block.image + image, step = source.column_pitch;
+  if (source.width == plan.pitch && source.row_pitch == plan.pitch * step) {
+    const int64_t end = end_row * plan.pitch, pixel = source.pixel(first_image, block.row, 0);
+    for (int64_t place = first_row * plan.pitch; place < end; place += kStoreRows) {
+      Runs runs;
+      runs.add(place, std::min<int64_t>(kStoreRows, end - place), pixel + place * step, step);
+      body(runs);
+    }
+    return;
+  }
+  if (source.width < E::kJoinedWidth) {
+    const int64_t end = (end_row - 1) * plan.pitch + source.width;
+    for (int64_t place = first_row * plan.pitch; place < end; place += kStoreRows) {
+      Runs runs;
+      runs.joined = true;
+      const int64_t last_row = std::min(end_row, (place + kStoreRows - 1) / plan.pitch + 1);
+      for (int64_t row = place / plan.pitch; row < last_row; ++row) {
+        const int64_t begin = std::max<int64_t>(0, place - row * plan.pitch);
+        const int64_t stop = std::min(source.width, place + kStoreRows - row * plan.pitch);
+        if (begin < stop)
+          runs.add(row * plan.pitch + begin, stop - begin,
+                   source.pixel(first_image, block.row + row, begin), step);
+      }
+      if (runs.count) body(runs);
+    }
+    return;
+  }
+  const int64_t together = std::max<int64_t>(1, kStoreRows / source.width);
+  const int64_t pieces = (source.width + kStoreRows - 1) / kStoreRows;
+  for (int64_t row = first_row; row < end_row; row += together)
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t begin = source.width * piece / pieces;
+      const int64_t end = source.width * (piece + 1) / pieces;
+      Runs runs;
+      for (int64_t r = row; r < std::min(end_row, row + together); ++r)
+        runs.add(r * plan.pitch + begin, end - begin,
+                 source.pixel(first_image, block.row + r, begin), step);
+      body(runs);
+    }
+}
+
+// The runs' rows of a product, `at` being the plane's line of place 0.
+template <class E>
+inline void multiply_runs(const Runs& runs, Pixels a, const float* at, const float* b,
+                          float* tile) {
+  if (runs.joined) {
+    a.first = at + runs.run[0].place * kLine;
+    multiply<E>(a, b, tile, runs.rows);
+    return;
+  }
+  for (int i = 0; i < runs.count; ++i) {
+    a.first = at + runs.run[i].place * kLine;
+    multiply<E>(a, b, tile + runs.run[i].begin * kChannelBlock, runs.run[i].count);
+  }
+}
+
+// The products of some rows of a block, counted through its images: multiplies, calls store(tile,
+// runs). `a` without its first pixel; `lines` the plane's.
+template <class E, class Store>
+inline void for_products(const ConvPlan& plan, const ConvBlock& block, const Source& source,
+                         Range rows, const Pixels& a, const float* lines, const float* b,
+                         Store store) {
+  alignas(64) float tile[kStoreRows * kChannelBlock];
+  for (int64_t image = rows.begin / block.rows; image * block.rows < rows.end; ++image) {
+    const int64_t before = image * block.rows;
+    const Range of_image{std::max<int64_t>(0, rows.begin - before), rows.end - before};
+    for_tiles<E>(plan, block, source, image, of_image, [&](const Runs& runs) {
+      multiply_runs<E>(runs, a, lines + plan.at(image, 0, block) * kLine, b, tile);
+      store(tile, runs);
+    });
+  }
+}
+
+// Calls body(c, Full or Part) over the channels of one block.
+template <class Body>
+inline void for_block_channels(int64_t channels, int64_t first, Body body) {
+  for (int64_t c = first; c < std::min(channels, first + kChannelBlock); c += kWidth) {
+    if (c + kWidth <= channels)
+      body(c, Full{});
+    else
+      body(c, Part{static_cast<int>(channels - c)});
+  }
+}
+
+template <class P>
+inline void add_to(double* sums, Vec value, P part) {
+  float lanes[kWidth];
+  store(lanes, value, Full{});
+  int count = kWidth;
+  if constexpr (std::is_same_v<P, Part>) count = part.count;
+  for (int i = 0; i < count; ++i) sums[i] += lanes[i];
+}
+
+// y, and the sums of its values (as stored) about a shift, which is set from the first tile.
+template <class T>
+struct OutputStore {
+  T* y;
+  int64_t channels;
+  ConvMoments moments;
+
+  void operator()(const float* tile, const Runs& runs, int64_t first, bool set_shift) const {
+    for_block_channels(channels, first, [&](int64_t c, auto part) {
+      const float* column = tile + c - first;
+      if (set_shift) {
+        Vec total = broadcast(0.0f);
+        int64_t count = 0;
+        for (int i = 0; i < runs.count; ++i) {
+          const Run& run = runs.run[i];
+          for (int64_t r = 0; r < run.count; ++r)
+            total = total + load(column + (run.begin + r) * kChannelBlock, Full{});
+          count += run.count;
+        }
+        store(moments.shift + c, total * broadcast(1.0f / std::max<int64_t>(count, 1)), part);
+      }
+      const Vec centre = load(moments.shift + c, part);
+      Vec s = broadcast(0.0f), q = s;
+      for (int i = 0; i < runs.count; ++i) {
+        const Run& run = runs.run[i];
+        for (int64_t r = 0; r < run.count; ++r) {
+          T* out = y + (run.pixel + r * run.step) * channels + c;
+          store(out, load(column + (run.begin + r) * kChannelBlock, Full{}), part);
+          const Vec d = load(out, part) - centre;
+          s = s + d;
+          q = fma(d, d, q);
+        }
+      }
+      add_to(moments.sum + c, s, part);
+      add_to(moments.square + c, q, part);
+    });
+  }
+};
+
+// dx, with what the layer in front wants of it.
+template <class T>
+struct InputGradientStore {
+  const ConvBackwardParams& p;
+  double *sum_g, *sum_gx;
+
+  void operator()(const float* tile, const Runs& runs, int64_t first) const {
+    if (p.scale)
+      store_tile<true, false>(tile, runs, first);
+    else if (p.addend)
+      store_tile<false, true>(tile, runs, first);
+    else
+      store_tile<false, false>(tile, runs, first);
+  }
+
+ private:
+  template <bool normalised, bool added>
+  void store_tile(const float* tile, const Runs& runs, int64_t first) const {
+    const int64_t channels = p.plan->shape.channels;
+    const T* x = static_cast<const T*>(p.x);
+    const T* addend = static_cast<const T*>(p.addend);
+    T* dx = static_cast<T*>(p.dx);
+    for_block_channels(channels, first, [&](int64_t c, auto part) {
+      Vec scale = broadcast(0.0f), shift = scale, mean = scale, s = scale, q = scale;
+      if constexpr (normalised) {
+        scale = load(p.scale + c, part);
+        shift = load(p.shift + c, part);
+        mean = load(p.x_mean + c, part);
+      }
+      for (int i = 0; i < runs.count; ++i) {
+        const Run& run = runs.run[i];
+        for (int64_t r = 0; r < run.count; ++r) {
+          const int64_t pixel = run.pixel + r * run.step, at = pixel * channels + c;
+          Vec g = load(tile + (run.begin + r) * kChannelBlock + c - first, Full{});
+          if constexpr (added) {
+            Vec other = load(addend + at, part);
+            if (p.addend_mask)
+              other = keep(load_lanes(p.addend_mask + pixel * mask_bytes(channels) + c / 8, part),
+                           other);
+            g = g + other;
+          }
+          if constexpr (normalised) {
+            const Vec value = load(x + at, part);
+            g = keep(passes_relu(fma(value, scale, shift)), g);
+            store(dx + at, g, part);
+            g = load(dx + at, part);
+            s = s + g;
+            q = fma(g, value - mean, q);
+          } else {
+            store(dx + at, g, part);
+          }
+        }
+      }
+      if constexpr (normalised) {
+        add_to(sum_g + c, s, part);
+        add_to(sum_gx + c, q, part);
+      }
+    });
+  }
+};
