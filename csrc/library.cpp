@@ -15,6 +15,7 @@ PyMODINIT_FUNC PyInit__C() {
 STABLE_TORCH_LIBRARY(fastresnet, m) {
   m.def("isa() -> str");
   m.def("isa_levels() -> str[]");
+  m.def("release_memory() -> int");
 
   m.def("bn_stats(Tensor x) -> (Tensor mean, Tensor var)");
 

@@ -6,9 +6,10 @@
 """
 
 from . import models, nn, ops
+from .memory import release_memory
 from .models import *  # noqa: F403
 from .models import __all__ as _model_names
 
 __version__ = "0.1.0"
 
-__all__ = ["models", "nn", "ops", *_model_names]
+__all__ = ["models", "nn", "ops", "release_memory", *_model_names]

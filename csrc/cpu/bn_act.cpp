@@ -12,6 +12,7 @@
 #include "check.h"
 #include "cpu/bn_vectors.h"
 #include "cpu/isa.h"
+#include "cpu/result_memory.h"
 
 namespace fastresnet::cpu {
 namespace {
@@ -92,8 +93,7 @@ void run_forward(const BnForwardParams& p) {
 }
 
 Tensor empty_mask(const Tensor& x) {
-  return torch::stable::empty({x.size(0), x.size(2), x.size(3), mask_bytes(x.size(1))},
-                              ScalarType::Byte, std::nullopt, x.device());
+  return new_result({x.size(0), x.size(2), x.size(3), mask_bytes(x.size(1))}, ScalarType::Byte);
 }
 
 template <Epilogue epilogue>
@@ -101,7 +101,7 @@ Tensor forward(const char* op, const Tensor& x, const Tensor& mean, const Tensor
                const Tensor& weight, const Tensor& bias, double eps) {
   check_input(op, x);
   const BatchNorm bn = check_batch_norm(op, x, mean, var, weight, &bias, eps);
-  Tensor out = empty_channels_last(x);
+  Tensor out = new_result_like(x);
   run_forward(forward_params(x, bn, epilogue, out));
   return out;
 }
@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor> bn_add_relu_cpu(const Tensor& x, const Tensor& mean, 
   check_input(op, x);
   check_like_input(op, "residual", residual, x);
   const BatchNorm bn = check_batch_norm(op, x, mean, var, weight, &bias, eps);
-  Tensor out = empty_channels_last(x), mask = empty_mask(x);
+  Tensor out = new_result_like(x), mask = empty_mask(x);
   BnForwardParams p = forward_params(x, bn, Epilogue::add_relu, out);
   p.residual = residual.const_data_ptr();
   p.mask = mask.mutable_data_ptr<uint8_t>();
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor> bn_add_bn_relu_cpu(
   const BatchNorm bn = check_batch_norm(op, x, mean, var, weight, &bias, eps);
   const BatchNorm residual_bn = check_batch_norm(op, x, residual_mean, residual_var,
                                                  residual_weight, &residual_bias, residual_eps);
-  Tensor out = empty_channels_last(x), mask = empty_mask(x);
+  Tensor out = new_result_like(x), mask = empty_mask(x);
   BnForwardParams p = forward_params(x, bn, Epilogue::add_bn_relu, out);
   p.residual = residual.const_data_ptr();
   p.residual_scale = residual_bn.scale.data();
@@ -218,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_backward_cpu(const Tensor& grad, const Ten
   constexpr const char* op = "bn_backward";
   check_input(op, x);
   const BatchNorm bn = check_batch_norm(op, x, mean, var, weight, nullptr, eps);
-  Tensor dx = empty_channels_last(x);
+  Tensor dx = new_result_like(x);
   const BnBackwardParams p = backward_params(op, grad, x, bn, Epilogue::none, dx);
   const auto [dweight, dbias] = single_backward(p, x, bn, training);
   return {dx, dweight, dbias};
@@ -231,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_backward_cpu(const Tensor& grad, cons
   constexpr const char* op = "bn_relu_backward";
   check_input(op, x);
   const BatchNorm bn = check_batch_norm(op, x, mean, var, weight, &bias, eps);
-  Tensor dx = empty_channels_last(x);
+  Tensor dx = new_result_like(x);
   const BnBackwardParams p = backward_params(op, grad, x, bn, Epilogue::relu, dx);
   const auto [dweight, dbias] = single_backward(p, x, bn, training);
   return {dx, dweight, dbias};
@@ -243,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_backward_cpu(
   constexpr const char* op = "bn_add_relu_backward";
   check_input(op, x);
   const BatchNorm bn = check_batch_norm(op, x, mean, var, weight, nullptr, eps);
-  Tensor dx = empty_channels_last(x), dresidual = empty_channels_last(x);
+  Tensor dx = new_result_like(x), dresidual = new_result_like(x);
   BnBackwardParams p = backward_params(op, grad, x, bn, Epilogue::add_relu, dx);
   p.mask = check_mask(op, mask, x);
   p.dresidual = dresidual.mutable_data_ptr();
@@ -262,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_relu_backward_cpu(
   const BatchNorm bn = check_batch_norm(op, x, mean, var, weight, nullptr, eps);
   const BatchNorm residual_bn =
       check_batch_norm(op, x, residual_mean, residual_var, residual_weight, nullptr, residual_eps);
-  Tensor dx = empty_channels_last(x), dresidual = empty_channels_last(x);
+  Tensor dx = new_result_like(x), dresidual = new_result_like(x);
   BnBackwardParams p = backward_params(op, grad, x, bn, Epilogue::add_bn_relu, dx);
   p.mask = check_mask(op, mask, x);
   p.residual = residual.const_data_ptr();

@@ -16,6 +16,7 @@
 #include "cpu/conv_params.h"
 #include "cpu/conv_weight.h"
 #include "cpu/isa.h"
+#include "cpu/result_memory.h"
 #include "cpu/scratch.h"
 
 namespace fastresnet::cpu {
@@ -231,9 +232,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(const Tensor& x, std::optional
   const DType dtype = dtype_of(op, x);
   const KernelTable& table = kernels();
 
-  Tensor y =
-      torch::stable::empty({s.batch, s.out_channels, s.out_height, s.out_width}, x.scalar_type(),
-                           std::nullopt, x.device(), std::nullopt, MemoryFormat::ChannelsLast);
+  Tensor y = new_result({s.batch, s.out_channels, s.out_height, s.out_width}, x.scalar_type(),
+                        MemoryFormat::ChannelsLast);
   ConvForwardParams p{};
   p.dtype = dtype;
   p.x = x.const_data_ptr();
@@ -359,7 +359,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_backward_cpu(
                           dbn_weight.mutable_data_ptr<float>());
   std::copy(sum_g, sum_g + s.out_channels, dbn_bias.mutable_data_ptr<float>());
 
-  Tensor dx = wants_dx ? empty_channels_last(x)
+  Tensor dx = wants_dx ? new_result_like(x)
                        : torch::stable::empty({0}, x.scalar_type(), std::nullopt, x.device());
   ConvBackwardParams p{};
   p.dtype = dtype;

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cpu/isa.h"
+#include "cpu/result_memory.h"
 #include "cpu/scratch.h"
 
 namespace fastresnet::cpu {
@@ -16,9 +17,8 @@ constexpr int64_t kTile = kChannelBlock * kChannelBlock;
 
 Tensor empty_like_weight(const Tensor& weight) {
   const bool nhwc = is_channels_last(weight) && !weight.is_contiguous();
-  return torch::stable::empty(weight.sizes(), weight.scalar_type(), std::nullopt, weight.device(),
-                              std::nullopt,
-                              nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return new_result(weight.sizes(), weight.scalar_type(),
+                    nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 }  // namespace
