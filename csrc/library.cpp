@@ -55,13 +55,14 @@ STABLE_TORCH_LIBRARY(fastresnet, m) {
   // x_mean, x_var, x_weight, x_bias: the convolution's input is relu(bn(x)) rather than x.
   m.def(
       "conv_stats(Tensor x, Tensor? x_mean, Tensor? x_var, Tensor? x_weight, Tensor? x_bias, "
-      "float x_eps, Tensor weight, int stride, int padding, int dilation) "
+      "float x_eps, Tensor weight, int stride, int padding, int dilation, int groups) "
       "-> (Tensor y, Tensor mean, Tensor var)");
   m.def(
       "conv_bn_backward(Tensor grad, Tensor? grad_mask, Tensor sums, Tensor y, Tensor mean, "
       "Tensor var, Tensor bn_weight, float eps, bool training, Tensor x, Tensor? x_mean, "
       "Tensor? x_var, Tensor? x_weight, Tensor? x_bias, float x_eps, Tensor weight, "
-      "Tensor? addend, Tensor? addend_mask, int stride, int padding, int dilation, bool wants_dx) "
+      "Tensor? addend, Tensor? addend_mask, int stride, int padding, int dilation, int groups, "
+      "bool wants_dx) "
       "-> (Tensor dx, Tensor dweight, Tensor dbn_weight, Tensor dbn_bias, Tensor x_sums)");
   m.def(
       "bn_sums(Tensor grad, Tensor? mask, Tensor x, Tensor mean, Tensor? residual, "

@@ -8,7 +8,6 @@ import copy
 
 import pytest
 import torch
-import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_no_worse
@@ -33,16 +32,24 @@ SHAPES = {
     "more_weights_than_pixels": (3, 160, 3, 4, 192),
     "deep_and_narrow": (2, 512, 4, 3, 32),
 }
-# kernel, stride, padding, dilation
+# kernel, stride, padding, dilation, groups
 GEOMETRIES = {
-    "1x1": (1, 1, 0, 1),
-    "3x3": (3, 1, 1, 1),
-    "3x3/2": (3, 2, 1, 1),
-    "1x1/2": (1, 2, 0, 1),
-    "3x3_unpadded": (3, 1, 0, 1),
-    "3x3_dilated": (3, 1, 2, 2),
-    "7x7/2": (7, 2, 3, 1),
-    "5x5_wide_padding": (5, 3, 4, 1),
+    "1x1": (1, 1, 0, 1, 1),
+    "3x3": (3, 1, 1, 1, 1),
+    "3x3/2": (3, 2, 1, 1, 1),
+    "1x1/2": (1, 2, 0, 1, 1),
+    "3x3_unpadded": (3, 1, 0, 1, 1),
+    "3x3_dilated": (3, 1, 2, 2, 1),
+    "7x7/2": (7, 2, 3, 1, 1),
+    "5x5_wide_padding": (5, 3, 4, 1, 1),
+}
+# channels, groups
+GROUPS = {
+    "quarter_blocks": (64, 8),
+    "fours_in_a_part": (44, 11),
+    "whole_blocks": (96, 3),
+    "two_blocks": (128, 2),
+    "depthwise": (40, 40),
 }
 
 
@@ -74,7 +81,7 @@ def to_float64(value):
 def run(module, x, weight, grad, mask, bn_weight, addend, addend_mask, geometry, y=None):
     """Forward and backward of one convolution; ``y`` replaces the forward's output, so that the
     backward of all is asked for the same."""
-    names = dict(zip(("stride", "padding", "dilation"), geometry, strict=True))
+    names = dict(zip(("stride", "padding", "dilation", "groups"), geometry, strict=True))
     out, mean, var = module.conv_stats(x, weight, **names)
     results = {"y": out, "mean": mean, "var": var}
     y = Normalized(
@@ -91,13 +98,16 @@ def run(module, x, weight, grad, mask, bn_weight, addend, addend_mask, geometry,
 def check(shape, geometry, dtype, prologue):
     batch, channels, height, width, out_channels = shape
     kernel, *rest = geometry
-    stride, padding, dilation = rest
-    weight = torch.randn(out_channels, channels, kernel, kernel) * (channels * kernel**2) ** -0.5
+    stride, padding, dilation, groups = rest
+    width = channels // groups
+    weight = torch.randn(out_channels, width, kernel, kernel) * (width * kernel**2) ** -0.5
     if min(height, width) + 2 * padding < dilation * (kernel - 1) + 1:
         return
     x = channels_last(batch, channels, height, width, dtype=dtype)
     source = normalized(x) if prologue else x
-    y = reference.conv_stats(source, weight, stride=stride, padding=padding, dilation=dilation)[0]
+    y = reference.conv_stats(
+        source, weight, stride=stride, padding=padding, dilation=dilation, groups=groups
+    )[0]
     y = y.contiguous(memory_format=torch.channels_last)
     if y.numel() // out_channels < 4:  # no statistics to speak of
         return
@@ -148,6 +158,18 @@ def test_against_float64(shape, geometry, dtype, prologue):
     check(shape, geometry, dtype, prologue)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("pixels", [(3, 9, 8), (4, 5, 3)], ids=str)
+def test_groups(pixels, groups, stride, dtype):
+    channels, count = groups
+    batch, height, width = pixels
+    shape = (batch, channels, height, width, channels)
+    check(shape, (3, stride, 1, 1, count), dtype, prologue=True)
+    check(shape, (1, stride, 0, 1, count), dtype, prologue=False)
+
+
 @settings(max_examples=60)
 @given(
     shape=st.tuples(
@@ -157,7 +179,9 @@ def test_against_float64(shape, geometry, dtype, prologue):
         st.integers(1, 20),
         st.integers(1, 70),
     ),
-    geometry=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(1, 2)),
+    geometry=st.tuples(
+        st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(1, 2), st.just(1)
+    ),
     dtype=st.sampled_from(DTYPES),
     prologue=st.booleans(),
 )
@@ -192,20 +216,24 @@ def test_bad_arguments_are_named():
     operator = torch.ops.fastresnet.conv_stats
     none = (None, None, None, None, 0.0)
     with pytest.raises(ValueError, match=r"expected weight of shape \[out_channels, 8"):
-        operator(x, *none, torch.randn(4, 9, 1, 1), 1, 0, 1)
+        operator(x, *none, torch.randn(4, 9, 1, 1), 1, 0, 1, 1)
     with pytest.raises(ValueError, match="expected a stride of 1 to 4, got 5"):
-        operator(x, *none, torch.randn(4, 8, 1, 1), 5, 0, 1)
+        operator(x, *none, torch.randn(4, 8, 1, 1), 5, 0, 1, 1)
     with pytest.raises(ValueError, match="at least the kernel's size"):
-        operator(x, *none, torch.randn(4, 8, 7, 7), 1, 0, 1)
+        operator(x, *none, torch.randn(4, 8, 7, 7), 1, 0, 1, 1)
+    with pytest.raises(ValueError, match="expected groups that divide the 8 channels, got 3"):
+        operator(x, *none, torch.randn(4, 8, 1, 1), 1, 0, 1, 3)
+    with pytest.raises(ValueError, match="as many output as input channels"):
+        operator(x, *none, torch.randn(4, 4, 1, 1), 1, 0, 1, 2)
     with pytest.raises(ValueError, match="all of x_mean, x_var, x_weight and x_bias, or none"):
-        operator(x, torch.zeros(8), None, None, None, 0.0, torch.randn(4, 8, 1, 1), 1, 0, 1)
+        operator(x, torch.zeros(8), None, None, None, 0.0, torch.randn(4, 8, 1, 1), 1, 0, 1, 1)
 
 
 def test_operators_pass_opcheck():
     x = channels_last(2, 8, 6, 6, dtype=torch.float32)
     bn = (torch.zeros(8), torch.ones(8), torch.ones(8), torch.zeros(8), 1e-5)
     weight = torch.randn(16, 8, 3, 3)
-    torch.library.opcheck(torch.ops.fastresnet.conv_stats.default, (x, *bn, weight, 2, 1, 1))
+    torch.library.opcheck(torch.ops.fastresnet.conv_stats.default, (x, *bn, weight, 2, 1, 1, 1))
     y, mean, var = ops.conv_stats(x, weight, stride=2, padding=1)
     sums = (torch.ones_like(y), None, y, mean, None, None)
     torch.library.opcheck(torch.ops.fastresnet.bn_sums.default, sums)
@@ -213,7 +241,7 @@ def test_operators_pass_opcheck():
         torch.ops.fastresnet.conv_bn_backward.default,
         (
             *(torch.ones_like(y), None, ops.bn_sums(*sums)[0], y, mean, var, torch.ones(16)),
-            *(1e-5, True, x, *bn, weight, None, None, 2, 1, 1, True),
+            *(1e-5, True, x, *bn, weight, None, None, 2, 1, 1, 1, True),
         ),
     )
 
@@ -228,6 +256,7 @@ BLOCKS = {
         32, 16, 2, nn.Sequential(nn.Conv2d(32, 64, 1, 2, bias=False), nn.BatchNorm2d(64))
     ),
     "dilated": lambda: resnet.Bottleneck(64, 16, dilation=2),
+    "resnext": lambda: resnet.Bottleneck(128, 32, groups=8, base_width=16),
 }
 
 
@@ -299,9 +328,11 @@ def test_what_is_not_plain_runs_as_before():
     assert block(x).grad_fn.name() != "_ResidualBlockBackward"
     assert seen == [1]
     handle.remove()
-    grouped = torchvision.models.resnext50_32x4d().layer1[1].to(memory_format=torch.channels_last)
-    wide = channels_last(2, 256, 8, 8, dtype=torch.float32).requires_grad_()
-    assert fastresnet.convert(grouped)(wide).grad_fn.name() != "_ResidualBlockBackward"
+    uneven = resnet.Bottleneck(64, 16, groups=2, base_width=18).to(
+        memory_format=torch.channels_last
+    )
+    wide = channels_last(2, 64, 8, 8, dtype=torch.float32).requires_grad_()
+    assert fastresnet.convert(uneven)(wide).grad_fn.name() != "_ResidualBlockBackward"
 
 
 def test_second_derivative_raises():

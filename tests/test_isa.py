@@ -49,12 +49,12 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, residual = x.detach(), residual.detach()
         weight = (torch.randn(40, channels, 3, 3) / (9 * channels) ** 0.5).to(dtype)
         prologue = (mean, var, one, zero, 1e-5)
-        y, y_mean, y_var = conv(x, *prologue, weight, 2, 1, 1)
+        y, y_mean, y_var = conv(x, *prologue, weight, 2, 1, 1, 1)
         y_grad, y_one = torch.ones_like(y), torch.ones(40)
         sums, _ = torch.ops.fastresnet.bn_sums(y_grad, None, y, y_mean, None, None)
         dx, dweight, *_ = backward(
             *(y_grad, None, sums, y, y_mean, y_var, y_one, 1e-5, False, x, *prologue, weight),
-            *(None, None, 2, 1, 1, True),
+            *(None, None, 2, 1, 1, 1, True),
         )
         # In evaluation mode the gradient of y is the same everywhere on a channel; sums of many
         # terms are brought to the size of one.

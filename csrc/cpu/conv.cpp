@@ -38,19 +38,26 @@ int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t paddin
 }
 
 ConvShape check_conv(const char* op, const Tensor& x, const Tensor& weight, int64_t stride,
-                     int64_t padding, int64_t dilation) {
+                     int64_t padding, int64_t dilation, int64_t groups) {
   check_input(op, x);
-  check(weight.defined() && weight.dim() == 4 && weight.size(1) == x.size(1) && weight.numel() > 0,
-        op, ": expected weight of shape [out_channels, ", x.size(1), ", height, width], got ",
+  check(groups >= 1 && x.size(1) % groups == 0, op, ": expected groups that divide the ", x.size(1),
+        " channels, got ", groups);
+  const int64_t width = x.size(1) / groups;
+  check(weight.defined() && weight.dim() == 4 && weight.size(1) == width && weight.numel() > 0, op,
+        ": expected weight of shape [out_channels, ", width, ", height, width], got ",
         weight.defined() ? shape(weight) : "None");
+  check(groups == 1 || (weight.size(0) == x.size(1) &&
+                        (width % kChannelBlock == 0 || kChannelBlock % width == 0)),
+        op, ": expected groups with as many output as input channels, a number that divides ",
+        kChannelBlock, " or is divided by it, got ", shape(weight), " in ", groups, " groups");
   dtype_of(op, weight);
   check(weight.device() == x.device(), op, ": expected weight and x on one device");
   check(stride >= 1 && stride <= kMaxStride, op, ": expected a stride of 1 to ", kMaxStride,
         ", got ", stride);
   check(padding >= 0 && dilation >= 1, op, ": expected padding >= 0 and dilation >= 1, got ",
         padding, " and ", dilation);
-  ConvShape s{x.size(0),      x.size(2),      x.size(3),      x.size(1), 0,       0,
-              weight.size(0), weight.size(2), weight.size(3), stride,    padding, dilation};
+  ConvShape s{x.size(0),      x.size(2),      x.size(3), x.size(1), 0,        0,     weight.size(0),
+              weight.size(2), weight.size(3), stride,    padding,   dilation, groups};
   s.out_height = output_size(s.height, s.kernel_height, stride, padding, dilation);
   s.out_width = output_size(s.width, s.kernel_width, stride, padding, dilation);
   check(s.height + 2 * padding >= dilation * (s.kernel_height - 1) + 1 &&
@@ -219,14 +226,12 @@ OutputMoments forward_by_channels(const ConvForwardParams& p) {
   return moments;
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(const Tensor& x, std::optional<Tensor> x_mean,
-                                                  std::optional<Tensor> x_var,
-                                                  std::optional<Tensor> x_weight,
-                                                  std::optional<Tensor> x_bias, double x_eps,
-                                                  const Tensor& weight, int64_t stride,
-                                                  int64_t padding, int64_t dilation) {
+std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(
+    const Tensor& x, std::optional<Tensor> x_mean, std::optional<Tensor> x_var,
+    std::optional<Tensor> x_weight, std::optional<Tensor> x_bias, double x_eps,
+    const Tensor& weight, int64_t stride, int64_t padding, int64_t dilation, int64_t groups) {
   constexpr const char* op = "conv_stats";
-  const ConvShape s = check_conv(op, x, weight, stride, padding, dilation);
+  const ConvShape s = check_conv(op, x, weight, stride, padding, dilation, groups);
   const std::optional<BatchNorm> prologue =
       check_prologue(op, x, x_mean, x_var, x_weight, x_bias, x_eps);
   const DType dtype = dtype_of(op, x);
@@ -272,6 +277,7 @@ std::vector<double> backward_by_blocks(const ConvBackwardParams& p, WeightGradie
   const KernelTable& table = kernels();
   const int64_t parts = std::min(threads(), plan.blocks), panels = backward_panels(p);
   const int64_t out_blocks = channel_blocks(s.out_channels), in_blocks = channel_blocks(s.channels);
+  const int64_t met = met_by_output(s, 0).count;
   const int64_t floats = table.conv_backward_staged_floats(plan, p.dtype);
   const int64_t share = padded_size(s);
   float* shares = shares_scratch.floats(parts * share);
@@ -285,14 +291,13 @@ std::vector<double> backward_by_blocks(const ConvBackwardParams& p, WeightGradie
       if (p.dx)
         table.conv_input_gradient(p, block, staged, {0, block.images * block.rows}, {0, in_blocks},
                                   &sums[part * 2 * s.channels]);
-      table.conv_weight_gradient(p, block, staged, {0, out_blocks}, {0, in_blocks}, i > first,
+      table.conv_weight_gradient(p, block, staged, {0, out_blocks}, {0, met}, i > first,
                                  shares + part * share);
     }
   });
-  const int64_t tiles = share / (out_blocks * in_blocks);
-  parallel(out_blocks * in_blocks, [&](int64_t i) {
-    dweight.store(i / in_blocks, i % in_blocks, shares + i * tiles, parts, share);
-  });
+  const int64_t tiles = share / (out_blocks * met);
+  parallel(out_blocks * met,
+           [&](int64_t i) { dweight.store(i / met, i % met, shares + i * tiles, parts, share); });
   return sums;
 }
 
@@ -301,7 +306,7 @@ std::vector<double> backward_by_channels(const ConvBackwardParams& p, WeightGrad
   const ConvShape& s = plan.shape;
   const KernelTable& table = kernels();
   const ConvBlock block = plan.block(0);
-  const int64_t out_blocks = channel_blocks(s.out_channels), in_blocks = channel_blocks(s.channels);
+  const int64_t out_blocks = channel_blocks(s.out_channels), met = met_by_output(s, 0).count;
   float* staged = shared_staged(table.conv_backward_staged_floats(plan, p.dtype));
   parallel_panels(backward_panels(p),
                   [&](Range range) { table.conv_backward_stage(p, block, range, staged); });
@@ -312,11 +317,11 @@ std::vector<double> backward_by_channels(const ConvBackwardParams& p, WeightGrad
       table.conv_input_gradient(p, block, staged, share.rows(part), share.channel_block(part),
                                 &sums[share.group(part) * 2 * s.channels]);
     });
-  const int64_t tiles = padded_size(s) / (out_blocks * in_blocks);
-  parallel(out_blocks * in_blocks, [&](int64_t i) {
+  const int64_t tiles = padded_size(s) / (out_blocks * met);
+  parallel(out_blocks * met, [&](int64_t i) {
     static thread_local Scratch scratch;
     float* own = scratch.floats(tiles);
-    const int64_t n = i / in_blocks, c = i % in_blocks;
+    const int64_t n = i / met, c = i % met;
     table.conv_weight_gradient(p, block, staged, {n, n + 1}, {c, c + 1}, false, own);
     dweight.store(n, c, own, 1, 0);
   });
@@ -333,9 +338,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_backward_cpu(
     const Tensor& x, std::optional<Tensor> x_mean, std::optional<Tensor> x_var,
     std::optional<Tensor> x_weight, std::optional<Tensor> x_bias, double x_eps,
     const Tensor& weight, std::optional<Tensor> addend, std::optional<Tensor> addend_mask,
-    int64_t stride, int64_t padding, int64_t dilation, bool wants_dx) {
+    int64_t stride, int64_t padding, int64_t dilation, int64_t groups, bool wants_dx) {
   constexpr const char* op = "conv_bn_backward";
-  const ConvShape s = check_conv(op, x, weight, stride, padding, dilation);
+  const ConvShape s = check_conv(op, x, weight, stride, padding, dilation, groups);
   check_input(op, y);
   check(y.scalar_type() == x.scalar_type() && y.size(0) == s.batch && y.size(1) == s.out_channels &&
             y.size(2) == s.out_height && y.size(3) == s.out_width,

@@ -19,7 +19,24 @@ constexpr int64_t channel_blocks(int64_t channels) {
   return (channels + kChannelBlock - 1) / kChannelBlock;
 }
 
-// [out_channels, channels, kernel_height, kernel_width], in any layout.
+// The blocks of the other side's channels that a block's are computed with: all of them, or those
+// that share a group with it. Groups are as wide on both sides, and divide a block or are several.
+struct MetBlocks {
+  int64_t first, count;
+};
+constexpr MetBlocks met_blocks(const ConvShape& s, int64_t other_channels, int64_t block) {
+  if (s.groups == 1) return {0, channel_blocks(other_channels)};
+  const int64_t count = channel_blocks(other_channels / s.groups);
+  return {block / count * count, count};
+}
+constexpr MetBlocks met_by_output(const ConvShape& s, int64_t out_block) {
+  return met_blocks(s, s.channels, out_block);
+}
+constexpr MetBlocks met_by_input(const ConvShape& s, int64_t in_block) {
+  return met_blocks(s, s.out_channels, in_block);
+}
+
+// [out_channels, channels / groups, kernel_height, kernel_width], in any layout.
 struct ConvWeight {
   const void* data;
   DType dtype;

@@ -25,6 +25,7 @@ struct ConvShape {
   int64_t batch, height, width, channels;
   int64_t out_height, out_width, out_channels;
   int64_t kernel_height, kernel_width, stride, padding, dilation;
+  int64_t groups;
 };
 
 struct Phase {

@@ -24,7 +24,8 @@ Tensor empty_like_weight(const Tensor& weight) {
 }  // namespace
 
 int64_t padded_size(const ConvShape& s) {
-  return padded(s.out_channels) * padded(s.channels) * s.kernel_height * s.kernel_width;
+  const int64_t taps = s.kernel_height * s.kernel_width;
+  return padded(s.out_channels) * met_by_output(s, 0).count * kChannelBlock * taps;
 }
 
 const float* pack(const Tensor& weight, const ConvPlan& plan, DType dtype, bool transposed) {
@@ -51,8 +52,9 @@ WeightGradient::WeightGradient(const Tensor& weight, const ConvPlan& plan)
       data_(tensor_.mutable_data_ptr()),
       strides_{tensor_.stride(0), tensor_.stride(1), tensor_.stride(2), tensor_.stride(3)} {}
 
-void WeightGradient::store(int64_t out_block, int64_t in_block, const float* tiles, int64_t count,
+void WeightGradient::store(int64_t out_block, int64_t met, const float* tiles, int64_t count,
                            int64_t stride) {
+  const int64_t in_block = met_by_output(plan_.shape, out_block).first + met;
   const int64_t n0 = out_block * kChannelBlock, c0 = in_block * kChannelBlock;
   switch (dtype_) {
     case DType::bfloat16:
@@ -69,19 +71,23 @@ void WeightGradient::store_as(int64_t n0, int64_t c0, const float* tiles, int64_
                               int64_t stride) {
   const ConvShape& s = plan_.shape;
   const int64_t rows = std::min(kChannelBlock, s.out_channels - n0);
-  const int64_t columns = std::min(kChannelBlock, s.channels - c0);
+  const int64_t width = s.channels / s.groups;
   for (size_t t = 0; t < plan_.taps.size(); ++t) {
     const int64_t tap = plan_.taps[t].weight;
-    W* to = static_cast<W*>(data_) + n0 * strides_[0] + c0 * strides_[1] +
-            tap / s.kernel_width * strides_[2] + tap % s.kernel_width * strides_[3];
+    W* at_tap = static_cast<W*>(data_) + tap / s.kernel_width * strides_[2] +
+                tap % s.kernel_width * strides_[3];
     for (int64_t n = 0; n < rows; ++n) {
       const float* row = tiles + t * kTile + n * kChannelBlock;
       float total[kChannelBlock];
       std::copy(row, row + kChannelBlock, total);
       for (int64_t i = 1; i < count; ++i)
         for (int64_t c = 0; c < kChannelBlock; ++c) total[c] += row[i * stride + c];
-      for (int64_t c = 0; c < columns; ++c)
-        to[n * strides_[0] + c * strides_[1]] = static_cast<W>(total[c]);
+      // The columns that belong to the row's group.
+      const int64_t group = (n0 + n) / (s.out_channels / s.groups) * width;
+      const int64_t end = std::min(kChannelBlock, group + width - c0);
+      W* to = at_tap + (n0 + n) * strides_[0] + (c0 - group) * strides_[1];
+      for (int64_t c = std::max<int64_t>(0, group - c0); c < end; ++c)
+        to[c * strides_[1]] = static_cast<W>(total[c]);
     }
   }
 }

@@ -11,7 +11,8 @@ namespace fastresnet::cpu {
 // Channels with the zeros that fill the last block.
 constexpr int64_t padded(int64_t channels) { return channel_blocks(channels) * kChannelBlock; }
 
-// Elements of the weight with those of the channels filled in.
+// Elements of the weight in whole blocks: channels filled in, and zeros for pairs of channels of
+// one block that share no group.
 int64_t padded_size(const ConvShape& s);
 
 // Every block of output channels, or (transposed) of input channels, one after another; in the
@@ -23,10 +24,9 @@ class WeightGradient {
  public:
   WeightGradient(const Tensor& weight, const ConvPlan& plan);
 
-  // One block of output and one of input channels: the sum of `count` tiles [taps, 32, 32], which
-  // are `stride` floats apart, in their order.
-  void store(int64_t out_block, int64_t in_block, const float* tiles, int64_t count,
-             int64_t stride);
+  // One block of output channels and the `met`th block of input channels that it meets: the sum of
+  // `count` tiles [taps, 32, 32], which are `stride` floats apart, in their order.
+  void store(int64_t out_block, int64_t met, const float* tiles, int64_t count, int64_t stride);
 
   const Tensor& tensor() const { return tensor_; }
 

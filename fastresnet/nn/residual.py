@@ -34,6 +34,7 @@ class Link(NamedTuple):
             "stride": conv.stride[0],
             "padding": conv.padding[0],
             "dilation": conv.dilation[0],
+            "groups": conv.groups,
         }
 
 
@@ -136,7 +137,6 @@ def _is_plain(link: Link, x: Tensor) -> bool:
         or has_hooks(conv)
         or has_hooks(bn)
         or conv.bias is not None
-        or conv.groups != 1
         or conv.padding_mode != "zeros"
         or isinstance(conv.padding, str)
         or bn.weight is None
@@ -155,7 +155,7 @@ def _is_plain(link: Link, x: Tensor) -> bool:
         x.dtype == dtype
         and conv.stride[0] <= 4
         and bn.weight.device == x.device
-        and ops.has_conv_kernel(x, conv.weight)
+        and ops.has_conv_kernel(x, conv.weight, conv.groups)
     )
 
 

@@ -27,12 +27,19 @@ _LEVEL_DTYPES = {
 }
 
 
-def has_conv_kernel(x: Tensor, weight: Tensor) -> bool:
+_CHANNEL_BLOCK = 32  # what the kernels compute at a time
+
+
+def has_conv_kernel(x: Tensor, weight: Tensor, groups: int = 1) -> bool:
     """Whether the compiled convolutions take ``x`` and ``weight``, and are meant for this
     processor: a CPU tensor that :func:`fastresnet.ops.has_kernel` accepts, ``weight`` of float32,
-    bfloat16 or float16."""
+    bfloat16 or float16, and, if there are several groups, as many output as input channels, by
+    groups of 1, 2, 4, 8, 16, 32 or a multiple of 32."""
+    width = weight.shape[1]
     return (
-        x.device.type == "cpu"
+        (groups == 1 or weight.shape[0] == width * groups)
+        and (groups == 1 or width % _CHANNEL_BLOCK == 0 or _CHANNEL_BLOCK % width == 0)
+        and x.device.type == "cpu"
         and has_kernel(x)
         and weight.device == x.device
         and weight.dtype in KERNEL_DTYPES
@@ -47,13 +54,15 @@ def conv_stats(
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
+    groups: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Convolution of ``x``, or of ``relu(batch norm)`` of it, and its output's statistics.
 
     Args:
         x: [N, C, H, W], or the same with the batch norm to apply first.
-        weight: [K, C, height, width]; used in the dtype of ``x``.
-        stride, padding, dilation: as in :func:`torch.nn.functional.conv2d`, for both dimensions.
+        weight: [K, C / groups, height, width]; used in the dtype of ``x``.
+        stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`, the first three
+            for both dimensions.
 
     Returns:
         y [N, K, H', W'] in the dtype of ``x``, channels_last; mean and biased variance of its
@@ -63,10 +72,12 @@ def conv_stats(
         ValueError: shapes do not fit each other.
     """
     source, bn = (x.x, x) if isinstance(x, Normalized) else (x, None)
-    if not has_conv_kernel(source, weight):
-        return reference.conv_stats(x, weight, stride=stride, padding=padding, dilation=dilation)
+    if not has_conv_kernel(source, weight, groups):
+        return reference.conv_stats(
+            x, weight, stride=stride, padding=padding, dilation=dilation, groups=groups
+        )
     return torch.ops.fastresnet.conv_stats.default(
-        source, *_prologue(bn), weight, stride, padding, dilation
+        source, *_prologue(bn), weight, stride, padding, dilation, groups
     )
 
 
@@ -109,6 +120,7 @@ def conv_bn_backward(
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
+    groups: int = 1,
     addend: Tensor | None = None,
     addend_mask: Tensor | None = None,
     wants_dx: bool = True,
@@ -118,7 +130,7 @@ def conv_bn_backward(
     Args:
         grad, mask, sums: the gradient behind the batch norm, as in :func:`bn_sums`.
         y: the convolution's output and its batch norm.
-        x, weight, stride, padding, dilation: as in :func:`conv_stats`.
+        x, weight, stride, padding, dilation, groups: as in :func:`conv_stats`.
         addend: like ``x``, added to its gradient; with ``addend_mask`` only where its bit is set.
             Not together with a batch norm in ``x``.
         wants_dx: whether the gradient of ``x`` is needed.
@@ -127,12 +139,13 @@ def conv_bn_backward(
         The gradients. Where ``x`` has a batch norm, its gradient is the one behind that.
     """
     source, bn = (x.x, x) if isinstance(x, Normalized) else (x, None)
-    if not has_conv_kernel(source, weight):
+    if not has_conv_kernel(source, weight, groups):
         return reference.conv_bn_backward(
             *(grad, mask, sums, y, x, weight),
             stride=stride,
             padding=padding,
             dilation=dilation,
+            groups=groups,
             addend=addend,
             addend_mask=addend_mask,
             wants_dx=wants_dx,
@@ -140,7 +153,7 @@ def conv_bn_backward(
     dx, dweight, dbn_weight, dbn_bias, x_sums = torch.ops.fastresnet.conv_bn_backward.default(
         *(grad, mask, sums, y.x, y.mean, y.var, y.weight, y.eps, y.training),
         *(source, *_prologue(bn), weight, addend, addend_mask),
-        *(stride, padding, dilation, wants_dx),
+        *(stride, padding, dilation, groups, wants_dx),
     )
     return ConvGradients(
         dx if wants_dx else None,
@@ -160,7 +173,7 @@ def _prologue(bn: Normalized | None) -> tuple:
 if _extension.has_schemas:
 
     @torch.library.register_fake("fastresnet::conv_stats")
-    def _(x, x_mean, x_var, x_weight, x_bias, x_eps, weight, stride, padding, dilation):
+    def _(x, x_mean, x_var, x_weight, x_bias, x_eps, weight, stride, padding, dilation, *_):
         size = [
             (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
             for side, kernel in zip(x.shape[2:], weight.shape[2:], strict=True)

@@ -135,10 +135,11 @@ def conv_stats(
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
+    groups: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Convolution of ``x``, or of ``relu(bn(x))``, and the statistics of its output."""
     value = _affine(x).relu() if isinstance(x, Normalized) else x
-    y = F.conv2d(value, weight.to(value.dtype), None, stride, padding, dilation)
+    y = F.conv2d(value, weight.to(value.dtype), None, stride, padding, dilation, groups)
     return y, *bn_stats(y)
 
 
@@ -171,6 +172,7 @@ def conv_bn_backward(
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
+    groups: int = 1,
     addend: Tensor | None = None,
     addend_mask: Tensor | None = None,
     wants_dx: bool = True,
@@ -189,7 +191,7 @@ def conv_bn_backward(
         z = (_affine(x) if isinstance(x, Normalized) else x).detach().requires_grad_()
         value = z.relu() if isinstance(x, Normalized) else z
         kernel = weight.detach().to(value.dtype).requires_grad_()
-        out = F.conv2d(value, kernel, None, stride, padding, dilation)
+        out = F.conv2d(value, kernel, None, stride, padding, dilation, groups)
     dx, dweight = torch.autograd.grad(out, (z, kernel), dy)
     if addend is not None:
         dx = dx + _masked(addend, addend_mask)

@@ -69,13 +69,16 @@ void conv_forward_of(const ConvForwardParams& p, const ConvBlock& block, float* 
     distances.push_back(staged.planes[tap.phase].lines - first.lines + plan.distance(tap) * kLine);
 
   const int64_t taps = static_cast<int64_t>(distances.size());
-  const Pixels pixels{nullptr, first.panel_stride, distances.data(), taps, first.panels};
-  const int64_t weight_block = taps * first.panels * kLine * kChannelBlock;
+  const int64_t chunks = met_by_output(s, 0).count * kBlockPanels<E>;
+  const Pixels pixels{nullptr, first.panel_stride, distances.data(), taps, chunks};
+  const int64_t weight_block = taps * chunks * kLine * kChannelBlock;
   const OutputStore<T> store_output{static_cast<T*>(p.y), s.out_channels, moments};
   for (int64_t n = out_blocks.begin; n < out_blocks.end; ++n) {
     bool set_shift = moments.first;
-    for_products<E>(plan, block, source_of_output(plan), rows, pixels, first.lines,
-                    p.weight + n * weight_block, [&](const float* tile, const Runs& runs) {
+    const int64_t panel = met_by_output(s, n).first * kBlockPanels<E>;
+    for_products<E>(plan, block, source_of_output(plan), rows, pixels,
+                    first.lines + panel * first.panel_stride, p.weight + n * weight_block,
+                    [&](const float* tile, const Runs& runs) {
                       store_output(tile, runs, n * kChannelBlock, set_shift);
                       set_shift = false;
                     });
@@ -198,24 +201,28 @@ void conv_input_gradient_of(const ConvBackwardParams& p, const ConvBlock& block,
   for (const Tap& tap : plan.taps) distances.push_back(-plan.distance(tap) * kLine);
 
   const int64_t taps = static_cast<int64_t>(distances.size());
-  const int64_t tap_block = gradients.panels * kLine * kChannelBlock;
+  const int64_t chunks = met_by_input(plan.shape, 0).count * kBlockPanels<E>;
+  const int64_t tap_block = chunks * kLine * kChannelBlock;
   const InputGradientStore<T> store_gradient{p, sums, sums + plan.shape.channels};
   for (const Phase& phase : plan.phases) {
     const Pixels pixels{nullptr, gradients.panel_stride, distances.data() + phase.first_tap,
-                        phase.taps, gradients.panels};
-    for (int64_t c = in_blocks.begin; c < in_blocks.end; ++c)
-      for_products<E>(plan, block, source_of_phase(plan, phase), rows, pixels, gradients.lines,
+                        phase.taps, chunks};
+    for (int64_t c = in_blocks.begin; c < in_blocks.end; ++c) {
+      const int64_t panel = met_by_input(plan.shape, c).first * kBlockPanels<E>;
+      for_products<E>(plan, block, source_of_phase(plan, phase), rows, pixels,
+                      gradients.lines + panel * gradients.panel_stride,
                       p.weight + (c * taps + phase.first_tap) * tap_block,
                       [&](const float* tile, const Runs& runs) {
                         store_gradient(tile, runs, c * kChannelBlock);
                       });
+    }
   }
 }
 
 // y's gradient times x at the tap's distance, over all pixels of the block.
 template <class T>
 void conv_weight_gradient_of(const ConvBackwardParams& p, const ConvBlock& block, float* memory,
-                             Range out_blocks, Range in_blocks, bool add, float* dweight) {
+                             Range out_blocks, Range met, bool add, float* dweight) {
   using E = Element<T>;
   [[maybe_unused]] const typename E::Registers registers;
   const ConvPlan& plan = *p.plan;
@@ -224,7 +231,8 @@ void conv_weight_gradient_of(const ConvBackwardParams& p, const ConvBlock& block
   for (int64_t n = out_blocks.begin; n < out_blocks.end; ++n) {
     Lines left = staged.left;
     left.first += 2 * n * left.panel_stride;
-    for (int64_t c = in_blocks.begin; c < in_blocks.end; ++c)
+    const int64_t first = met_by_output(plan.shape, n).first;
+    for (int64_t c = first + met.begin; c < first + met.end; ++c)
       for (const Tap& tap : plan.taps) {
         const int64_t place = staged.place(plan, tap);
         Lines right = staged.right[tap.phase][place % E::kDepth];
@@ -237,60 +245,59 @@ void conv_weight_gradient_of(const ConvBackwardParams& p, const ConvBlock& block
 
 // Weights ------------------------------------------------------------------------------------
 
-// 32 values of the weight along `along` (0: output channels, 1: input channels), zeros beyond.
+// What the output channel n has for 32 input channels from c on, zeros beyond its group.
 template <class W>
-inline void load_weights(const ConvWeight& weight, int64_t n, int64_t c, int64_t tap_offset,
-                         int64_t along, int64_t limit, float* values) {
-  const int64_t at = along ? c : n;
-  const int64_t count = std::clamp<int64_t>(limit - at, 0, kChannelBlock);
-  const int64_t stride = weight.strides[along];
+inline void load_weights(const ConvWeight& weight, const ConvShape& s, int64_t n, int64_t c,
+                         int64_t tap_offset, float* values) {
+  const int64_t width = n < s.out_channels ? s.channels / s.groups : 0;
+  const int64_t group = n / (s.out_channels / s.groups) * width;
+  const int64_t begin = std::clamp<int64_t>(group - c, 0, kChannelBlock);
+  const int64_t end = std::clamp<int64_t>(group + width - c, begin, kChannelBlock);
+  const int64_t stride = weight.strides[1];
   const W* from = static_cast<const W*>(weight.data) + n * weight.strides[0] +
-                  c * weight.strides[1] + tap_offset;
-  if (stride == 1 && count == kChannelBlock) {
+                  (c - group) * stride + tap_offset;
+  if (stride == 1 && end - begin == kChannelBlock) {
     for (int64_t i = 0; i < kChannelBlock; i += kWidth)
       store(values + i, load(from + i, Full{}), Full{});
     return;
   }
-  for (int64_t i = 0; i < kChannelBlock; ++i)
-    values[i] = i < count ? static_cast<float>(from[i * stride]) : 0.0f;
+  std::fill(values, values + kChannelBlock, 0.0f);
+  for (int64_t i = begin; i < end; ++i) values[i] = static_cast<float>(from[i * stride]);
 }
 
 template <class E, class W>
 void conv_pack_of(const ConvWeight& weight, const ConvPlan& plan, bool transposed, int64_t block,
                   float* packed) {
   const ConvShape& s = plan.shape;
-  const int64_t depth = transposed ? s.out_channels : s.channels;
-  const int64_t first = block * kChannelBlock;
+  const MetBlocks met = transposed ? met_by_input(s, block) : met_by_output(s, block);
+  const int64_t column = block * kChannelBlock, row = met.first * kChannelBlock;
   for (const Tap* tap = plan.taps.data(); tap != plan.taps.data() + plan.taps.size(); ++tap) {
     const int64_t offset = tap->weight / s.kernel_width * weight.strides[2] +
                            tap->weight % s.kernel_width * weight.strides[3];
-    for (int64_t chunk = 0; chunk < panels<E>(depth); ++chunk, packed += kLine * kChannelBlock) {
-      const int64_t from = chunk * kLineChannels<E>;
-      float values[2][kChannelBlock] = {};
+    for (int64_t chunk = 0; chunk < met.count * kBlockPanels<E>; ++chunk) {
+      const int64_t from = row + chunk * kLineChannels<E>;
+      float values[2][kChannelBlock];
       if (transposed) {
         for (int64_t k = 0; k < kLine; ++k) {
-          for (int64_t i = 0; i < E::kDepth; ++i) {
-            const int64_t n = from + k * E::kDepth + i;
-            if (n < s.out_channels)
-              load_weights<W>(weight, n, first, offset, 1, s.channels, values[i]);
-            else
-              std::fill(values[i], values[i] + kChannelBlock, 0.0f);
-          }
+          for (int64_t i = 0; i < E::kDepth; ++i)
+            load_weights<W>(weight, s, from + k * E::kDepth + i, column, offset, values[i]);
           for (int64_t i = 0; i < kChannelBlock; i += kWidth)
             store(packed + k * kChannelBlock + i,
-                  E::element(load(values[0] + i, Full{}), load(values[1] + i, Full{})), Full{});
+                  E::element(load(values[0] + i, Full{}), load(values[E::kDepth - 1] + i, Full{})),
+                  Full{});
         }
-        continue;
-      }
-      for (int64_t half = 0; half < kChannelBlock; half += kLine) {
-        alignas(64) float lines[kLine * kLine] = {};
-        for (int64_t i = 0; i < kLine && first + half + i < s.out_channels; ++i) {
-          load_weights<W>(weight, first + half + i, from, offset, 1, s.channels, values[0]);
-          for (int64_t c = 0; c < kLineChannels<E>; c += kWidth)
-            E::store_values(lines + i * kLine, c, load(values[0] + c, Full{}));
+      } else {
+        for (int64_t half = 0; half < kChannelBlock; half += kLine) {
+          alignas(64) float lines[kLine * kLine];
+          for (int64_t i = 0; i < kLine; ++i) {
+            load_weights<W>(weight, s, column + half + i, from, offset, values[0]);
+            for (int64_t c = 0; c < kLineChannels<E>; c += kWidth)
+              E::store_values(lines + i * kLine, c, load(values[0] + c, Full{}));
+          }
+          transpose(lines, kLine, packed + half, kChannelBlock);
         }
-        transpose(lines, kLine, packed + half, kChannelBlock);
       }
+      packed += kLine * kChannelBlock;
     }
   }
 }
@@ -354,8 +361,8 @@ void conv_input_gradient(const ConvBackwardParams& p, const ConvBlock& block, fl
 }
 
 void conv_weight_gradient(const ConvBackwardParams& p, const ConvBlock& block, float* staged,
-                          Range out_blocks, Range in_blocks, bool add, float* dweight) {
+                          Range out_blocks, Range met, bool add, float* dweight) {
   for_dtype(p.dtype, [&](auto zero) {
-    conv_weight_gradient_of<decltype(zero)>(p, block, staged, out_blocks, in_blocks, add, dweight);
+    conv_weight_gradient_of<decltype(zero)>(p, block, staged, out_blocks, met, add, dweight);
   });
 }

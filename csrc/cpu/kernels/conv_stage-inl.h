@@ -26,8 +26,11 @@ template <class E>
 constexpr int64_t kLineChannels = kLine * E::kDepth;
 
 template <class E>
+constexpr int64_t kBlockPanels = kChannelBlock / kLineChannels<E>;
+
+template <class E>
 int64_t panels(int64_t channels) {
-  return channel_blocks(channels) * kChannelBlock / kLineChannels<E>;
+  return channel_blocks(channels) * kBlockPanels<E>;
 }
 
 // Staging ------------------------------------------------------------------------------------

@@ -69,10 +69,10 @@ struct KernelTable {
   void (*conv_input_gradient)(const ConvBackwardParams& p, const ConvBlock& block, float* staged,
                               Range rows, Range in_blocks, double* sums);
 
-  // The block's share of the gradient of the weight, or that added to dweight [out_blocks,
-  // in_blocks, taps, 32, 32].
+  // The block's share of the gradient of the weight, or that added to dweight [out_blocks, met,
+  // taps, 32, 32]; met: some of the blocks of input channels that met_by_output counts.
   void (*conv_weight_gradient)(const ConvBackwardParams& p, const ConvBlock& block, float* staged,
-                               Range out_blocks, Range in_blocks, bool add, float* dweight);
+                               Range out_blocks, Range met, bool add, float* dweight);
 };
 
 // A level is a file isa_LEVEL.cpp that defines its table.
