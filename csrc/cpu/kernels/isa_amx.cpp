@@ -16,6 +16,8 @@ namespace {
 // The kernels, on this level's Vec.
 #include "cpu/kernels/bn_act-inl.h"
 
+#include "cpu/kernels/max_pool-inl.h"
+
 #include "cpu/kernels/tile-inl.h"
 
 #include "cpu/kernels/conv-inl.h"
@@ -25,6 +27,8 @@ namespace {
 FASTRESNET_TARGET_END
 
 const fastresnet::cpu::KernelTable fastresnet::cpu::amx::table = {
-    bn_moments, bn_forward,           bn_backward_sums,      bn_backward,  conv_line_channels,
-    conv_pack,  conv_forward_scratch, conv_backward_scratch, conv_forward, conv_backward};
+    bn_moments,         bn_forward,    bn_backward_sums,     bn_backward,
+    conv_line_channels, conv_pack,     conv_forward_scratch, conv_backward_scratch,
+    conv_forward,       conv_backward, max_pool_forward,     max_pool_backward_sums,
+    max_pool_backward};
 #endif

@@ -11,6 +11,8 @@ namespace {
 // The kernels, on this level's Vec.
 #include "cpu/kernels/bn_act-inl.h"
 
+#include "cpu/kernels/max_pool-inl.h"
+
 #include "cpu/kernels/tile-inl.h"
 
 #include "cpu/kernels/conv-inl.h"
@@ -19,5 +21,7 @@ namespace {
 }  // namespace fastresnet::cpu::portable
 
 const fastresnet::cpu::KernelTable fastresnet::cpu::portable::table = {
-    bn_moments, bn_forward,           bn_backward_sums,      bn_backward,  conv_line_channels,
-    conv_pack,  conv_forward_scratch, conv_backward_scratch, conv_forward, conv_backward};
+    bn_moments,         bn_forward,    bn_backward_sums,     bn_backward,
+    conv_line_channels, conv_pack,     conv_forward_scratch, conv_backward_scratch,
+    conv_forward,       conv_backward, max_pool_forward,     max_pool_backward_sums,
+    max_pool_backward};

@@ -11,11 +11,13 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
 #include "cpu/conv_params.h"
+#include "cpu/max_pool_params.h"
 #include "params.h"
 
 namespace fastresnet::cpu {
@@ -58,6 +60,18 @@ struct KernelTable {
   // of the gradient of the weight, and to sums [2, channels] those of dx and dx * (x - x_mean).
   void (*conv_backward)(const ConvBackwardParams& p, int64_t begin, int64_t end, float* scratch,
                         float* dweight, double* sums);
+
+  // Rows [begin, end) of the pooled output, of all images together.
+  void (*max_pool_forward)(const MaxPoolForwardParams& p, int64_t begin, int64_t end);
+
+  // Sums over rows [begin, end) of the pooled output of g and g * (x - mean).
+  // scratch: 2 * channels floats; sums: [2, channels].
+  void (*max_pool_backward_sums)(const MaxPoolBackwardParams& p, int64_t begin, int64_t end,
+                                 float* scratch, double* sums);
+
+  // Rows [begin, end) of dx, of all images together.
+  void (*max_pool_backward)(const MaxPoolBackwardParams& p, const BnCoefficients& k, int64_t begin,
+                            int64_t end);
 };
 
 // A level is a file isa_LEVEL.cpp that defines its table.

@@ -79,3 +79,41 @@ inline void store_lanes(uint8_t* p, Lanes lanes, Full) { *p = lanes.bits; }
 inline void store_lanes(uint8_t* p, Lanes lanes, Part part) {
   *p = static_cast<uint8_t>(lanes.bits & ((1 << part.count) - 1));
 }
+
+inline Lanes exceeds(Vec a, Vec b) {
+  uint8_t bits = 0;
+  for (int i = 0; i < kWidth; ++i)
+    bits |= static_cast<uint8_t>(a.v[i] > b.v[i] || a.v[i] != a.v[i]) << i;
+  return {bits};
+}
+inline Vec select(Lanes lanes, Vec yes, Vec no) {
+  return map([&](int i) { return lanes.bits >> i & 1 ? yes.v[i] : no.v[i]; });
+}
+
+struct Bytes {
+  uint8_t v[kWidth];
+};
+
+inline Bytes broadcast_byte(uint8_t x) {
+  Bytes r;
+  std::memset(r.v, x, kWidth);
+  return r;
+}
+inline Bytes select(Lanes lanes, Bytes yes, Bytes no) {
+  for (int i = 0; i < kWidth; ++i)
+    if (lanes.bits >> i & 1) no.v[i] = yes.v[i];
+  return no;
+}
+inline Lanes equal(Bytes a, Bytes b) {
+  uint8_t bits = 0;
+  for (int i = 0; i < kWidth; ++i) bits |= static_cast<uint8_t>(a.v[i] == b.v[i]) << i;
+  return {bits};
+}
+inline Bytes load_bytes(const uint8_t* p, Part part) {
+  Bytes r = {};
+  std::memcpy(r.v, p, part.count);
+  return r;
+}
+inline Bytes load_bytes(const uint8_t* p, Full) { return load_bytes(p, Part{kWidth}); }
+inline void store_bytes(uint8_t* p, Bytes a, Part part) { std::memcpy(p, a.v, part.count); }
+inline void store_bytes(uint8_t* p, Bytes a, Full) { store_bytes(p, a, Part{kWidth}); }
