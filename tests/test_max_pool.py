@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batch norm, ReLU and max-pool as one operator against its twin in float64, with torch's own error
-as the yardstick."""
+as the yardstick, and the module that uses it."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 from tolerances import assert_no_worse
 from torch import Tensor, nn
 
+import fastresnet
 from fastresnet import ops
+from fastresnet.nn.stem import pooled_stem
 from fastresnet.ops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -349,3 +353,110 @@ def test_the_bare_backward_refuses_bad_arguments(change, message):
     given |= {**vectors, **names((3, 2, 1))} | change
     with pytest.raises(ValueError, match=message):
         torch.ops.fastresnet.bn_relu_max_pool_backward.default(**given, eps=1e-5, training=True)
+
+
+# The modules
+
+
+def stem(**pool) -> tuple[nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]:
+    bn = nn.BatchNorm2d(24)
+    nn.init.uniform_(bn.weight, 0.5, 1.5)
+    nn.init.normal_(bn.bias)
+    windows = {"kernel_size": 3, "stride": 2, "padding": 1} | pool
+    return bn, nn.ReLU(inplace=True), nn.MaxPool2d(**windows)
+
+
+def is_fused(out: Tensor) -> bool:
+    """Whether the operator is in what led to ``out``."""
+    names, nodes = set(), [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return any("bn_relu_max_pool" in name for name in names)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("track", [True, False], ids=["tracks", "does_not_track"])
+def test_modules_behave_as_torchs(training, momentum, track):
+    bn, relu, pool = stem()
+    if not track:
+        bn = nn.BatchNorm2d(24, momentum=momentum, track_running_stats=False)
+    bn.momentum = momentum
+    theirs = copy.deepcopy(bn).train(training)
+    bn.train(training)
+    for _ in range(2):  # running statistics of several steps, gradients that accumulate
+        x = channels_last(3, 24, 10, 9)
+        leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2)]
+        out = pooled_stem(bn, relu, pool, leaves[0])
+        expected = pool(relu(theirs(leaves[1])))
+        assert is_fused(out)
+        torch.testing.assert_close(out, expected)
+        grad = torch.randn(out.shape)
+        out.backward(grad)
+        expected.backward(grad)
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-4, atol=1e-5)
+    for (name, ours), wanted in zip(
+        bn.state_dict().items(), theirs.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(ours, wanted, msg=name)
+    for ours, wanted in zip(bn.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, wanted.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_is_used_twice():
+    bn, relu, pool = stem()
+    theirs = copy.deepcopy(bn)
+    inputs = [channels_last(2, 24, 8, 8) for _ in range(2)]
+    sum(pooled_stem(bn, relu, pool, x).sum() for x in inputs).backward()
+    sum(pool(relu(theirs(x))).sum() for x in inputs).backward()
+    torch.testing.assert_close(bn.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-4)
+    assert bn.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize(
+    ("windows", "fused"),
+    [
+        ({}, True),
+        ({"kernel_size": (3, 3), "stride": [2, 2], "padding": (1, 1), "dilation": (1, 1)}, True),
+        ({"kernel_size": 2, "stride": None, "padding": 0}, True),
+        ({"ceil_mode": True}, False),
+        ({"dilation": 2}, False),
+        ({"kernel_size": (3, 2)}, False),
+        ({"stride": (2, 1)}, False),
+        ({"kernel_size": 17, "padding": 8}, False),
+    ],
+    ids=str,
+)
+def test_which_windows_are_fused(windows, fused):
+    bn, relu, pool = stem(**windows)
+    theirs = copy.deepcopy(bn)
+    x = channels_last(2, 24, 12, 12).requires_grad_()
+    out = pooled_stem(bn, relu, pool, x)
+    assert is_fused(out) == fused
+    torch.testing.assert_close(out, pool(relu(theirs(x))))
+
+
+def test_what_is_not_plain_runs_as_before():
+    x = channels_last(2, 24, 8, 8).requires_grad_()
+    for index in range(3):
+        modules = stem()
+        seen = []
+        modules[index].register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        assert not is_fused(pooled_stem(*modules, x))
+        assert seen == [1]
+    bn, relu, pool = stem()
+    assert not is_fused(pooled_stem(bn, nn.ReLU6(), pool, x))
+    assert torch.equal(pooled_stem(nn.Identity(), nn.ReLU(), nn.Identity(), x), x.relu())
+    out, indices = pooled_stem(bn, relu, nn.MaxPool2d(3, return_indices=True), x)
+    assert out.shape == indices.shape
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_model_runs_it(autocast):
+    model = fastresnet.models.resnet18(num_classes=4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert is_fused(model(torch.randn(2, 3, 64, 64)))
+    assert model.bn1.num_batches_tracked == 1
+    assert not is_fused(fastresnet.models.cifar_resnet18()(torch.randn(2, 3, 32, 32)))
