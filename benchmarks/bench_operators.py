@@ -25,12 +25,14 @@ BATCH = 16
 @dataclass(frozen=True)
 class Operator:
     """passes: how often a tensor of x's size is read or written, with the statistics taken in one
-    pass and the backward sums in another; the masks, a sixteenth of x or less, are left out."""
+    pass and the backward sums in another; the masks and positions, an eighth of x or less, are
+    left out."""
 
     name: str
     residual: bool
     dual: bool
-    passes: int
+    passes: float
+    pooled: bool = False
 
 
 OPERATORS = {
@@ -43,6 +45,8 @@ OPERATORS = {
         Operator("bn_add_relu", residual=True, dual=False, passes=10),
         # and the residual for its statistics and twice in backward
         Operator("bn_add_bn_relu", residual=True, dual=True, passes=13),
+        # x for the statistics, x; backward: x for the sums, x, dx; three times a quarter
+        Operator("bn_relu_max_pool", residual=False, dual=False, passes=5.75, pooled=True),
     )
 }
 
@@ -63,11 +67,13 @@ class Case:
 # projection; `bn` alone is the projection's where the join is not fused.
 INNER = ((64, 112), (64, 56), (128, 28), (256, 14), (512, 7))
 JOIN = ((256, 56), (512, 28), (1024, 14), (2048, 7))
+SHAPES = {"bn_relu": INNER, "bn_relu_max_pool": INNER[:1]}
+WINDOWS = {"kernel_size": 3, "stride": 2, "padding": 1}
 CASES = tuple(
     Case(operator, channels, side, dtype)
     for dtype in ("bfloat16", "float32")
     for operator in OPERATORS
-    for channels, side in (INNER if operator == "bn_relu" else JOIN)
+    for channels, side in SHAPES.get(operator, JOIN)
 )
 
 
@@ -130,6 +136,8 @@ def fused(
         return function(*link, *branch, eps=EPS, residual_eps=EPS, training=True)
     if operator.residual:
         return function(*link, residual, eps=EPS, training=True)
+    if operator.pooled:
+        return function(*link, **WINDOWS, eps=EPS, training=True)
     return function(*link, eps=EPS, training=True)
 
 
@@ -149,22 +157,25 @@ def aten(
         )
     if operator.residual:
         out += residual
-    return F.relu(out, inplace=True) if operator.name != "bn" else out
+    if operator.name != "bn":
+        out = F.relu(out, inplace=True)
+    return F.max_pool2d(out, **WINDOWS) if operator.pooled else out
 
 
 def inputs(operator: Operator, case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Activations in `dtype`, channels_last, and the parameters in float32."""
     generator = torch.Generator().manual_seed(2)
 
-    def activation() -> torch.Tensor:
-        shape = (BATCH, case.channels, case.side, case.side)
+    def activation(side: int = case.side) -> torch.Tensor:
+        shape = (BATCH, case.channels, side, side)
         values = torch.randn(shape, generator=generator) * 2 + 0.5
         return values.to(dtype, memory_format=torch.channels_last)
 
     def parameter() -> torch.Tensor:
         return torch.rand(case.channels, generator=generator) + 0.5
 
-    tensors = {"grad": activation(), "x": activation(), "weight": parameter(), "bias": parameter()}
+    grad = activation(case.side // 2 if operator.pooled else case.side)
+    tensors = {"grad": grad, "x": activation(), "weight": parameter(), "bias": parameter()}
     if operator.residual:
         tensors["residual"] = activation()
     if operator.dual:

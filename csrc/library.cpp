@@ -52,6 +52,16 @@ STABLE_TORCH_LIBRARY(fastresnet, m) {
       "Tensor residual_weight, float eps, float residual_eps, bool training) -> (Tensor dx, "
       "Tensor dweight, Tensor dbias, Tensor dresidual, Tensor dresidual_weight)");
 
+  // index: uint8, laid out like out in channels_last: where in its window each value was found.
+  m.def(
+      "bn_relu_max_pool(Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, "
+      "int kernel_size, int stride, int padding, float eps, bool training) "
+      "-> (Tensor out, Tensor index)");
+  m.def(
+      "bn_relu_max_pool_backward(Tensor grad, Tensor index, Tensor x, Tensor mean, Tensor var, "
+      "Tensor weight, int kernel_size, int stride, int padding, float eps, bool training) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias)");
+
   // x_mean, x_var, x_weight, x_bias: the convolution's input is relu(bn(x)) rather than x.
   m.def(
       "conv_stats(Tensor x, Tensor? x_mean, Tensor? x_var, Tensor? x_weight, Tensor? x_bias, "

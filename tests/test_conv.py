@@ -328,7 +328,7 @@ def test_what_is_not_plain_runs_as_before():
     assert block(x).grad_fn.name() != "_ResidualBlockBackward"
     assert seen == [1]
     handle.remove()
-    uneven = resnet.Bottleneck(64, 16, groups=2, base_width=18).to(
+    uneven = resnet.Bottleneck(64, 16, groups=2, base_width=48).to(
         memory_format=torch.channels_last
     )
     wide = channels_last(2, 64, 8, 8, dtype=torch.float32).requires_grad_()

@@ -61,6 +61,20 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         rows = y.numel() / 40
         found = (y, y_mean, y_var, dx, dweight / rows)
         results[f"conv {dtype} {channels}"] = [tensor.to(dtype) for tensor in found]
+        # Integers, many of them equal, and NaN: exact, so that every position must be the same.
+        x = torch.randint(-3, 4, (3, channels, 11, 8)).to(dtype)
+        x[torch.rand(x.shape) < 0.02] = float("nan")
+        x = x.contiguous(memory_format=torch.channels_last)
+        bn = (torch.zeros(channels), one, -one, one)
+        pool, backward = (
+            torch.ops.fastresnet.bn_relu_max_pool,
+            torch.ops.fastresnet.bn_relu_max_pool_backward,
+        )
+        for windows in ((3, 2, 1), (2, 2, 0), (5, 1, 2)):
+            out, index = pool(x, *bn, *windows, 0.0, False)
+            grad = torch.randint_like(out, -3, 4)
+            dx, *_ = backward(grad, index, x, *bn[:3], *windows, 0.0, False)
+            results[f"bn_relu_max_pool {dtype} {channels} {windows}"] = [out, index.to(dtype), dx]
 torch.save(results, sys.argv[1])
 """
 
@@ -107,7 +121,9 @@ def test_a_forced_level_is_used_and_computes_the_same(results, level):
             # The levels differ in the order of sums and in fused multiply-adds, so a 16-bit result
             # may round to its neighbour.
             rounding = torch.finfo(ours.dtype).eps
-            torch.testing.assert_close(ours, theirs, rtol=2 * rounding, atol=8 * rounding, msg=name)
+            torch.testing.assert_close(
+                *(ours, theirs), rtol=2 * rounding, atol=8 * rounding, equal_nan=True, msg=name
+            )
 
 
 def test_an_unknown_level_is_refused_at_import():

@@ -302,25 +302,28 @@ def test_frozen_parts():
 # The kernels that were compiled are the ones that run
 
 
-def resnet_ops(blocks: int, per_block: int, grouped: bool = False) -> dict[str, int]:
+def resnet_ops(
+    blocks: int, per_block: int, grouped: bool = False, pooled: bool = True
+) -> dict[str, int]:
     """``blocks`` residual blocks of ``per_block`` batch norms, four stages. A basic first stage
     has no downsampling branch."""
     dual = 3 if per_block == 2 else 4
     joins = {"bn_add_relu": blocks - dual, "bn_add_bn_relu": dual}
-    if HAS_CONVOLUTIONS and not grouped:  # the stem alone is torch's
+    stem = "bn_relu_max_pool" if pooled and HAS_MAX_POOL else "bn_relu"
+    if HAS_CONVOLUTIONS and not grouped:  # the stem's alone is torch's
         convolutions = blocks * per_block + dual
-        backward = {"conv_bn_backward": convolutions, "bn_sums": blocks, "bn_relu_backward": 1}
-        return {"bn_stats": 1, "bn_relu": 1, "conv_stats": convolutions, **joins, **backward}
-    plain = 1 + blocks * (per_block - 1)
-    forward = {"bn_relu": plain, **joins}
+        backward = {"conv_bn_backward": convolutions, "bn_sums": blocks, f"{stem}_backward": 1}
+        return {"bn_stats": 1, stem: 1, "conv_stats": convolutions, **joins, **backward}
+    inner = blocks * (per_block - 1)
+    forward = collections.Counter({"bn_relu": inner, **joins}) + collections.Counter([stem])
     backward = {f"{op}_backward": count for op, count in forward.items()}
-    return {"bn_stats": plain + blocks + dual, **forward, **backward}
+    return {"bn_stats": 1 + inner + blocks + dual, **forward, **backward}
 
 
-# Whether the convolutions are our own on this processor's level.
-HAS_CONVOLUTIONS = ops.has_conv_kernel(
-    torch.zeros(1, 2, 2, 1).permute(0, 3, 1, 2), torch.zeros(1, 1, 1, 1)
-)
+# Whether the convolutions and the pooling are our own on this processor's level.
+_PIXELS = torch.zeros(1, 2, 2, 1).permute(0, 3, 1, 2)
+HAS_CONVOLUTIONS = ops.has_conv_kernel(_PIXELS, torch.zeros(1, 1, 1, 1))
+HAS_MAX_POOL = ops.has_max_pool_kernel(_PIXELS, kernel_size=3, stride=2, padding=1)
 
 
 EXPECTED_OPS = {
@@ -328,7 +331,7 @@ EXPECTED_OPS = {
     "resnet34": resnet_ops(16, 2),
     "resnet50": resnet_ops(16, 3),
     "resnext50_32x4d": resnet_ops(16, 3, grouped=True),
-    "cifar_resnet18": resnet_ops(8, 2),
+    "cifar_resnet18": resnet_ops(8, 2, pooled=False),
     "vgg11_bn": {"bn_stats": 8, "bn_relu": 8, "bn_relu_backward": 8},
 }
 

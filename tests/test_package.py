@@ -24,7 +24,7 @@ from fastresnet import _extension, models
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(fastresnet.__file__).parent
-OPERATORS = ("bn_stats", "bn", "bn_relu", "bn_add_relu", "bn_add_bn_relu")
+OPERATORS = ("bn_stats", "bn", "bn_relu", "bn_add_relu", "bn_add_bn_relu", "bn_relu_max_pool")
 BACKWARD = tuple(f"{name}_backward" for name in OPERATORS[1:])
 
 
@@ -65,11 +65,14 @@ class TestKernelsRun:
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
             model(images).sum().backward()
         seen = {event.name for event in recorded.events()}
-        expected = {"bn_relu", "bn_relu_backward", "bn_add_relu", "bn_add_bn_relu"}
+        expected = {"bn_add_relu", "bn_add_bn_relu"}
         if torch.ops.fastresnet.isa() in ("amx", "avx512_bf16", "avx512"):
             expected |= {"conv_stats", "bn_sums", "conv_bn_backward"}
         else:
+            expected |= {"bn_relu", "bn_relu_backward"}
             expected |= {"bn_add_relu_backward", "bn_add_bn_relu_backward"}
+        if torch.ops.fastresnet.isa() != "default":
+            expected |= {"bn_relu_max_pool", "bn_relu_max_pool_backward"}
         assert {f"fastresnet::{name}" for name in expected} <= seen
         assert not {name for name in seen if "batch_norm" in name}
 

@@ -12,30 +12,11 @@
 #include "check.h"
 #include "cpu/bn_vectors.h"
 #include "cpu/isa.h"
+#include "cpu/partition.h"
 #include "cpu/result_memory.h"
 
 namespace fastresnet::cpu {
 namespace {
-
-// Rows are cut into as many parts as there are threads, fewer when a part would not be worth a
-// thread's wake-up. The cut depends on nothing else, so sums are the same from run to run.
-struct Partition {
-  int64_t rows, parts;
-
-  Partition(int64_t rows, int64_t channels) : rows(rows) {
-    constexpr int64_t kWorthAThread = 16 * 1024;
-    const int64_t threads = torch::stable::get_num_threads();
-    parts = std::clamp<int64_t>(rows * channels / kWorthAThread, 1, std::min(rows, threads));
-  }
-
-  // body(part, first row, last row), which must not throw.
-  template <class Body>
-  void parallel(Body body) const {
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) body(i, rows * i / parts, rows * (i + 1) / parts);
-    });
-  }
-};
 
 int64_t rows_of(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
 
@@ -192,12 +173,6 @@ void run_backward(const BnBackwardParams& p, const BnCoefficients& x,
   Partition(p.rows, p.channels).parallel([&](int64_t, int64_t begin, int64_t end) {
     table.bn_backward(p, x, residual, begin, end);
   });
-}
-
-Tensor to_vector(const Tensor& like, const double* values) {
-  Tensor out = empty_vector(like, like.size(1));
-  std::copy(values, values + like.size(1), out.mutable_data_ptr<float>());
-  return out;
 }
 
 // The forms with one batch norm; p holds all but the coefficients.

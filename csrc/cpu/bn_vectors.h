@@ -2,6 +2,7 @@
 // The vectors of length C that the CPU entries make of a batch norm's arguments and sums.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "batch_norm.h"
@@ -62,6 +63,12 @@ inline BatchNorm check_batch_norm(const char* op, const Tensor& x, const Tensor&
   return BatchNorm(x.size(1), check_vector(op, "mean", mean, x), check_vector(op, "var", var, x),
                    check_vector(op, "weight", weight, x),
                    bias ? check_vector(op, "bias", *bias, x) : nullptr, eps);
+}
+
+inline Tensor to_vector(const Tensor& like, const double* values) {
+  Tensor out = empty_vector(like, like.size(1));
+  std::copy(values, values + like.size(1), out.mutable_data_ptr<float>());
+  return out;
 }
 
 }  // namespace fastresnet::cpu

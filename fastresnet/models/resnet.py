@@ -22,7 +22,8 @@ from torchvision.models import (
     Wide_ResNet101_2_Weights,
 )
 
-from ..nn.batch_norm import fused_call, to_kernel_layout
+from ..nn.batch_norm import to_kernel_layout
+from ..nn.stem import pooled_stem
 from .convert import fused_builder, fuses, scriptable_twin
 
 __all__ = [
@@ -61,9 +62,7 @@ class ResNet(torchvision.models.ResNet):
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = to_kernel_layout(x)
         x = self.conv1(x)
-        x = fused_call(self.bn1, x)
-        x = fused_call(self.relu, x)
-        x = self.maxpool(x)
+        x = pooled_stem(self.bn1, self.relu, self.maxpool, x)
 
         x = self.layer1(x)
         x = self.layer2(x)

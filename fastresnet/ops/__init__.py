@@ -5,6 +5,7 @@
 from . import reference
 from .bn_act import KERNEL_DTYPES, bn, bn_add_bn_relu, bn_add_relu, bn_relu, bn_stats, has_kernel
 from .conv import bn_sums, conv_bn_backward, conv_stats, has_conv_kernel
+from .max_pool import bn_relu_max_pool, has_max_pool_kernel
 from .reference import ConvGradients, Normalized
 
 __all__ = [
@@ -15,11 +16,13 @@ __all__ = [
     "bn_add_bn_relu",
     "bn_add_relu",
     "bn_relu",
+    "bn_relu_max_pool",
     "bn_stats",
     "bn_sums",
     "conv_bn_backward",
     "conv_stats",
     "has_conv_kernel",
     "has_kernel",
+    "has_max_pool_kernel",
     "reference",
 ]

@@ -80,6 +80,24 @@ def bn_relu(
     return F.relu(bn(x, mean, var, weight, bias, eps=eps, training=training))
 
 
+def bn_relu_max_pool(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    kernel_size: int,
+    stride: int,
+    padding: int = 0,
+    eps: float = 1e-5,
+    training: bool,
+) -> Tensor:
+    """``max_pool2d(relu(bn(x)))``, with square windows."""
+    out = bn_relu(x, mean, var, weight, bias, eps=eps, training=training)
+    return F.max_pool2d(out, kernel_size, stride, padding)
+
+
 def bn_add_relu(
     x: Tensor,
     mean: Tensor,

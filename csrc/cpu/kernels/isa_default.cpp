@@ -11,6 +11,8 @@ namespace {
 // The kernels, on this level's Vec.
 #include "cpu/kernels/bn_act-inl.h"
 
+#include "cpu/kernels/max_pool-inl.h"
+
 #include "cpu/kernels/tile-inl.h"
 
 #include "cpu/kernels/conv_stage-inl.h"
@@ -23,7 +25,7 @@ namespace {
 }  // namespace fastresnet::cpu::portable
 
 const fastresnet::cpu::KernelTable fastresnet::cpu::portable::table = {
-    bn_moments,          bn_forward,   bn_backward_sums,    bn_backward,
-    conv_line_channels,  conv_pack,    conv_staged_floats,  conv_backward_staged_floats,
-    conv_stage,          conv_forward, conv_backward_stage, conv_input_gradient,
-    conv_weight_gradient};
+    bn_moments,           bn_forward,       bn_backward_sums,       bn_backward,
+    conv_line_channels,   conv_pack,        conv_staged_floats,     conv_backward_staged_floats,
+    conv_stage,           conv_forward,     conv_backward_stage,    conv_input_gradient,
+    conv_weight_gradient, max_pool_forward, max_pool_backward_sums, max_pool_backward};

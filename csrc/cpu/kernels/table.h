@@ -11,6 +11,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -18,6 +19,7 @@
 #include <vector>
 
 #include "cpu/conv_params.h"
+#include "cpu/max_pool_params.h"
 #include "params.h"
 
 namespace fastresnet::cpu {
@@ -73,6 +75,18 @@ struct KernelTable {
   // taps, 32, 32]; met: some of the blocks of input channels that met_by_output counts.
   void (*conv_weight_gradient)(const ConvBackwardParams& p, const ConvBlock& block, float* staged,
                                Range out_blocks, Range met, bool add, float* dweight);
+
+  // Rows [begin, end) of the pooled output, of all images together.
+  void (*max_pool_forward)(const MaxPoolForwardParams& p, int64_t begin, int64_t end);
+
+  // Sums over rows [begin, end) of the pooled output of g and g * (x - mean).
+  // scratch: 2 * channels floats; sums: [2, channels].
+  void (*max_pool_backward_sums)(const MaxPoolBackwardParams& p, int64_t begin, int64_t end,
+                                 float* scratch, double* sums);
+
+  // Rows [begin, end) of dx, of all images together.
+  void (*max_pool_backward)(const MaxPoolBackwardParams& p, const BnCoefficients& k, int64_t begin,
+                            int64_t end);
 };
 
 // A level is a file isa_LEVEL.cpp that defines its table.

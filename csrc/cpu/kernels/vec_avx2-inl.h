@@ -77,3 +77,37 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 16; ++j) to[j * to_stride + i] = from[i * from_stride + j];
 }
+
+inline Lanes exceeds(Vec a, Vec b) {
+  const __m256 nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
+  return {_mm256_or_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ), nan)};
+}
+inline Vec select(Lanes lanes, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, lanes.v)}; }
+
+struct Bytes {
+  __m256i v;  // each widened to its lane
+};
+
+inline Bytes broadcast_byte(uint8_t x) { return {_mm256_set1_epi32(x)}; }
+inline Bytes select(Lanes lanes, Bytes yes, Bytes no) {
+  return {_mm256_blendv_epi8(no.v, yes.v, _mm256_castps_si256(lanes.v))};
+}
+inline Lanes equal(Bytes a, Bytes b) { return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.v, b.v))}; }
+inline Bytes load_bytes(const uint8_t* p, Full) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+}
+inline void store_bytes(uint8_t* p, Bytes a, Full) {
+  const __m128i words =
+      _mm_packus_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+inline Bytes load_bytes(const uint8_t* p, Part part) {
+  uint8_t buffer[kWidth] = {};
+  std::memcpy(buffer, p, part.count);
+  return load_bytes(buffer, Full{});
+}
+inline void store_bytes(uint8_t* p, Bytes a, Part part) {
+  uint8_t buffer[kWidth];
+  store_bytes(buffer, a, Full{});
+  std::memcpy(p, buffer, part.count);
+}

@@ -4,8 +4,9 @@
 // The interface of every Vec: kWidth lanes (a multiple of 8, so that a mask is whole bytes),
 // broadcast, +, -, *, fma, relu (a NaN stays), load and store of float, BFloat16 and Half with
 // Full{} or, for the last channels, Part{count}; Lanes, one bit a lane: passes_relu, keep (zero
-// elsewhere), load_lanes, store_lanes (bit i of the bytes is lane i; bits beyond a Part are 0);
-// transpose of 16 x 16 floats, rows a stride apart.
+// elsewhere), load_lanes, store_lanes (bit i of the bytes is lane i; bits beyond a Part are 0),
+// exceeds (greater, or the first is NaN), select; Bytes, one a lane: broadcast_byte, select, equal,
+// load_bytes, store_bytes; transpose of 16 x 16 floats, rows a stride apart.
 
 constexpr int kWidth = 16;
 
@@ -120,4 +121,34 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
     _mm512_storeu_ps(to + (4 + i) * to_stride, _mm512_shuffle_f32x4(high, high2, 0x88));
     _mm512_storeu_ps(to + (12 + i) * to_stride, _mm512_shuffle_f32x4(high, high2, 0xdd));
   }
+}
+
+inline Lanes exceeds(Vec a, Vec b) {
+  const __mmask16 greater = _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ);
+  return {static_cast<__mmask16>(greater | _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q))};
+}
+inline Vec select(Lanes lanes, Vec yes, Vec no) {
+  return {_mm512_mask_mov_ps(no.v, lanes.bits, yes.v)};
+}
+
+struct Bytes {
+  __m128i v;
+};
+
+inline Bytes broadcast_byte(uint8_t x) { return {_mm_set1_epi8(static_cast<char>(x))}; }
+inline Bytes select(Lanes lanes, Bytes yes, Bytes no) {
+  return {_mm_mask_mov_epi8(no.v, lanes.bits, yes.v)};
+}
+inline Lanes equal(Bytes a, Bytes b) { return {_mm_cmpeq_epi8_mask(a.v, b.v)}; }
+inline Bytes load_bytes(const uint8_t* p, Full) {
+  return {_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))};
+}
+inline Bytes load_bytes(const uint8_t* p, Part part) {
+  return {_mm_maskz_loadu_epi8(first(part), p)};
+}
+inline void store_bytes(uint8_t* p, Bytes a, Full) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), a.v);
+}
+inline void store_bytes(uint8_t* p, Bytes a, Part part) {
+  _mm_mask_storeu_epi8(p, first(part), a.v);
 }

@@ -84,3 +84,41 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 16; ++j) to[j * to_stride + i] = from[i * from_stride + j];
 }
+
+inline Lanes exceeds(Vec a, Vec b) {
+  uint8_t bits = 0;
+  for (int i = 0; i < kWidth; ++i)
+    bits |= static_cast<uint8_t>(a.v[i] > b.v[i] || a.v[i] != a.v[i]) << i;
+  return {bits};
+}
+inline Vec select(Lanes lanes, Vec yes, Vec no) {
+  return map([&](int i) { return lanes.bits >> i & 1 ? yes.v[i] : no.v[i]; });
+}
+
+struct Bytes {
+  uint8_t v[kWidth];
+};
+
+inline Bytes broadcast_byte(uint8_t x) {
+  Bytes r;
+  std::memset(r.v, x, kWidth);
+  return r;
+}
+inline Bytes select(Lanes lanes, Bytes yes, Bytes no) {
+  for (int i = 0; i < kWidth; ++i)
+    if (lanes.bits >> i & 1) no.v[i] = yes.v[i];
+  return no;
+}
+inline Lanes equal(Bytes a, Bytes b) {
+  uint8_t bits = 0;
+  for (int i = 0; i < kWidth; ++i) bits |= static_cast<uint8_t>(a.v[i] == b.v[i]) << i;
+  return {bits};
+}
+inline Bytes load_bytes(const uint8_t* p, Part part) {
+  Bytes r = {};
+  std::memcpy(r.v, p, part.count);
+  return r;
+}
+inline Bytes load_bytes(const uint8_t* p, Full) { return load_bytes(p, Part{kWidth}); }
+inline void store_bytes(uint8_t* p, Bytes a, Part part) { std::memcpy(p, a.v, part.count); }
+inline void store_bytes(uint8_t* p, Bytes a, Full) { store_bytes(p, a, Part{kWidth}); }
