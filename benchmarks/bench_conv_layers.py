@@ -151,9 +151,9 @@ class Link:
     """The tensors of one link, the same for every provider.
 
     x: the convolution's input, or the tensor whose batch norm and ReLU are that. y: in place of
-    its output, with the batch norm behind. end: the block's output, whose ReLU's gradient `grad`
-    has still to pass, and mask, a bit for each of its values. addend: the shortcut's gradient,
-    with a mask for it where that is the one of the block's end.
+    its output, with the batch norm behind. addend: the shortcut's gradient. end: the block's
+    output, where the gradient (`grad` or, in a block without projection, `addend`) has still to
+    pass its ReLU; mask and addend_mask: a bit for each of its values.
     """
 
     layer: Layer
@@ -197,7 +197,8 @@ def make_link(case: Case) -> Link:
     if layer.position == "first":
         addend = activation(layer.channels, layer.side)
         if not layer.projected:
-            addend_mask = pack(activation(layer.channels, layer.side) > 0)
+            end = activation(layer.channels, layer.side).relu_()
+            addend_mask = pack(end > 0)
     return Link(layer, source, weight, y, grad, end, mask, addend, addend_mask)
 
 
@@ -242,7 +243,7 @@ class Fused:
     def __init__(self, link: Link) -> None:
         self.link = link
         # What the link behind hands over; at a block's end the link makes them itself.
-        self.sums = self._sums() if link.end is None else None
+        self.sums = self._sums() if link.mask is None else None
 
     def _sums(self) -> torch.Tensor:
         link = self.link
@@ -284,7 +285,7 @@ class Torch:
         # What the block's end hands to both of its branches.
         self.addend, self.grad = link.addend, link.grad
         if link.addend_mask is not None:
-            self.addend = reference._masked(link.addend, link.addend_mask)
+            self.addend = torch.ops.aten.threshold_backward(link.addend, link.end, 0)
         if link.layer.position == "shortcut":
             self.grad = torch.ops.aten.threshold_backward(link.grad, link.end, 0)
 
