@@ -234,12 +234,16 @@ def relative_errors(
 
 
 def rates(seconds: Sequence[float], work: float) -> dict[str, float | None]:
-    """The 20th, 50th and 80th percentile of work per second; None where nothing was timed."""
-    if not seconds:
+    """The percentiles of work per second."""
+    return percentiles([work / second for second in seconds])
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    """The 20th, 50th and 80th percentile; None where nothing was measured."""
+    if not values:
         return {"p20": None, "p50": None, "p80": None}
-    if len(seconds) == 1:
-        return dict.fromkeys(("p20", "p50", "p80"), work / seconds[0])
-    values = [work / second for second in seconds]
+    if len(values) == 1:
+        return dict.fromkeys(("p20", "p50", "p80"), values[0])
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[3]}
 
