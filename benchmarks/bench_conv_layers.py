@@ -49,7 +49,7 @@ DEFAULT = ("resnet50", 224, 16, "bfloat16")
 
 @dataclass(frozen=True)
 class Case:
-    """count: how often the network has this layer."""
+    """One of the network's `layers` distinct convolutions, which it has `count` times."""
 
     architecture: str
     side: int
@@ -57,6 +57,7 @@ class Case:
     dtype: str
     layer: Layer
     count: int
+    layers: int
     mode: str
 
     @property
@@ -95,7 +96,8 @@ class Case:
         return {
             **{"architecture": self.architecture, "side": self.side, "batch": self.batch},
             **{"dtype": self.dtype, "network": self.network, "mode": self.mode},
-            **{"count": self.count, "flops": self.flops, "bytes": self.nbytes},
+            **{"count": self.count, "layers": self.layers},
+            **{"flops": self.flops, "bytes": self.nbytes},
             "layer": self.layer.facts() | {"name": self.layer.name},
         }
 
@@ -107,7 +109,8 @@ def cases() -> Iterator[Case]:
             for batch in batches:
                 for layer, count in layers.items():
                     for mode in MODES:
-                        yield Case(architecture, side, batch, dtype, layer, count, mode)
+                        shape = (architecture, side, batch, dtype, layer)
+                        yield Case(*shape, count, len(layers), mode)
 
 
 def parameter(case: Case) -> Any:

@@ -115,8 +115,9 @@ def compare(
     partial: bool = False,
 ) -> Comparison:
     """The checked comparison of a case."""
-    # Past eight networks dynamo would give up compiling, and run the rest in eager mode.
-    torch.compiler.reset()
+    if any(provider.compiled for provider in providers):
+        # Past eight networks dynamo would give up compiling, and run the rest in eager mode.
+        torch.compiler.reset()
     truth_dtype = str(case.truth_dtype).removeprefix("torch.")
     comparison = Comparison(
         suite,

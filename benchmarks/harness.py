@@ -89,7 +89,7 @@ class Comparison:
 
     work: how many units of `unit` one step does, so that figures are rates (higher is better).
     bar: the least ratio of ours to the best peer that the project promises, if it promises one.
-    figures: what else the median seconds of a step say, by name.
+    figures: what else the seconds of a step at the median rate say, by name.
     """
 
     def __init__(
@@ -198,15 +198,18 @@ class Comparison:
         baseline = self.baseline
         same = Provider(SAME_AGAIN, "noise", baseline.step, baseline.results)
         same.seconds = self._same_again
-        return [
-            Row(
+        rows = []
+        for provider in [*self.providers, same]:
+            rate = percentiles([self.work / second for second in provider.seconds])
+            timed = rate["p50"] is not None
+            row = Row(
                 suite=self.suite,
                 case=self.case,
                 provider=provider.name,
                 role=provider.role,
                 metric=self.metric,
                 unit=self.unit,
-                **rates(provider.seconds, self.work),
+                **rate,
                 n=len(provider.seconds),
                 status=provider.status,
                 errors=provider.errors,
@@ -214,13 +217,10 @@ class Comparison:
                 bar=self.bar,
                 machine=here,
                 timestamp=now,
-                figures=self._figures(provider.seconds),
+                figures=self.figures(self.work / rate["p50"]) if self.figures and timed else {},
             )
-            for provider in [*self.providers, same]
-        ]
-
-    def _figures(self, seconds: Sequence[float]) -> dict[str, float]:
-        return self.figures(statistics.median(seconds)) if self.figures and seconds else {}
+            rows.append(row)
+        return rows
 
 
 def relative_errors(
@@ -231,11 +231,6 @@ def relative_errors(
         name: float((results[name].double() - right).norm() / right.norm())
         for name, right in truth.items()
     }
-
-
-def rates(seconds: Sequence[float], work: float) -> dict[str, float | None]:
-    """The percentiles of work per second."""
-    return percentiles([work / second for second in seconds])
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float | None]:
@@ -266,7 +261,7 @@ def append(rows: Sequence[Row]) -> Path:
     torch_version = "".join(torch.__version__.split(".")[:2])
     day = rows[0].timestamp[:10].replace("-", "")
     path = RESULTS / f"{rows[0].suite}-{slug}-pt{torch_version}-{day}.jsonl"
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
     return path
