@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times several providers of the same work against each other, and records what it saw.
 
-The providers run in turn, A B A B, in one process, after their results were compared with float64.
-The baseline runs twice in each round: what separates it from itself is the run's noise. Knows
-nothing of models or operators; a bench_*.py file brings the steps and their results.
+The providers run in turn, A B A B, in one process, after their results were compared with float64,
+or with float32 where a row says so. The baseline runs twice in each round: what separates it from
+itself is the run's noise. Knows nothing of models or operators; a bench_*.py file brings the steps
+and their results.
 """
 
 from __future__ import annotations
