@@ -3,7 +3,8 @@
 #
 #   make test     the test suite                      (PYTEST_ARGS="-m slow" for the slow part)
 #   make train    Fashion-MNIST, end to end, plots    (TRAIN_ARGS="--set ..." to change the recipe)
-#   make bench    the benchmarks, then the report     (BENCH_ARGS="-k resnet18" for a part)
+#   make bench    the benchmarks, then the report     (BENCH_ARGS="-k resnet18" for a part,
+#                                                      --all-shapes --scaling for everything)
 #   make lint     what the checks say about style;    make format  puts it right
 #   make clean    removes the environment and everything built
 #

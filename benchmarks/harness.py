@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times several providers of the same work against each other, and records what it saw.
 
-The providers run in turn, A B A B, in one process, after their results were compared with float64.
-The baseline runs twice in each round: what separates it from itself is the run's noise. Knows
-nothing of models or operators; a bench_*.py file brings the steps and their results.
+The providers run in turn, A B A B, in one process, after their results were compared with float64,
+or with float32 where a row says so. The baseline runs twice in each round: what separates it from
+itself is the run's noise. Knows nothing of models or operators; a bench_*.py file brings the steps
+and their results.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ TELLING = 0.5  # an allowed relative error above this would let wrong results pa
 
 @dataclass
 class Row:
-    """One provider's figures in one comparison; the rows of a comparison share a timestamp."""
+    """One provider's figures in one comparison; the rows of a comparison share a timestamp.
+
+    better: "higher" or "lower", which values of the metric win. figures: further values of the
+    same measurement, by name. Rows written before these two existed lack them.
+    """
 
     suite: str
     case: str
@@ -58,6 +63,8 @@ class Row:
     bar: float | None
     machine: dict[str, Any]
     timestamp: str
+    better: str = "higher"
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -83,6 +90,7 @@ class Comparison:
 
     work: how many units of `unit` one step does, so that figures are rates (higher is better).
     bar: the least ratio of ours to the best peer that the project promises, if it promises one.
+    figures: what else the seconds of a step at the median rate say, by name.
     """
 
     def __init__(
@@ -96,9 +104,11 @@ class Comparison:
         config: dict[str, Any],
         bar: float | None = None,
         device: str = "cpu",
+        figures: Callable[[float], dict[str, float]] | None = None,
     ) -> None:
         self.suite, self.case, self.metric, self.unit = suite, case, metric, unit
         self.work, self.config, self.bar, self.device = work, config, bar, device
+        self.figures = figures
         self.providers: list[Provider] = []
         self._same_again: list[float] = []
         self._rounds = 0
@@ -117,28 +127,44 @@ class Comparison:
     ) -> None:
         self.providers.append(Provider(name, role, step, results))
 
-    def check(self, truth: Mapping[str, torch.Tensor]) -> None:
-        """Compares each provider's results with float64; one that is further from it than
-        1.5 times the baseline, or that raises, is recorded as failed and not timed."""
+    def check(self, truth: Mapping[str, torch.Tensor], *, partial: bool = False) -> None:
+        """Compares each provider's results with `truth`; one that is further from it than
+        1.5 times the baseline, or that raises, is recorded as failed and not timed.
+
+        partial: a result that the baseline itself has too far from the truth to tell right from
+        wrong is left out and named in the config, as long as another result does tell.
+        """
+        untelling: list[str] = []
         for provider in sorted(self.providers, key=lambda provider: provider.role != "baseline"):
+            context = provider.role == "context"
             try:
-                provider.errors = relative_errors(provider.results(), truth)
+                results = provider.results()
+                wanted = {n: t for n, t in truth.items() if n in results} if context else truth
+                provider.errors = relative_errors(results, wanted)
             except Exception as error:  # a provider that does not run is a row, not the end
                 provider.status = f"failed: {type(error).__name__}: {first_line(error)}"
                 continue
-            if provider.role == "context":
-                continue
-            for name, value in provider.errors.items():
-                # Below one rounding of the storage type, errors do not compare.
-                rounding = torch.finfo(getattr(torch, self.config["dtype"])).eps
-                allowed = ERROR_RATIO * max(self.baseline.errors[name], rounding)
-                if not allowed <= TELLING:
+            if provider.role == "baseline":
+                untelling = [name for name in truth if not self._allowed(name) <= TELLING]
+                if untelling and not (partial and len(untelling) < len(truth)):
+                    worst = max(provider.errors[name] for name in untelling)
                     raise ValueError(
-                        f"{self.case}: the baseline's {name} is {allowed / ERROR_RATIO:.2f} from "
-                        "float64: too far for a check against it to tell right from wrong"
+                        f"{self.case}: the baseline's {', '.join(untelling)} is {worst:.2f} from "
+                        "the truth: too far for a check against it to tell right from wrong"
                     )
+                if untelling:
+                    self.config["unchecked"] = untelling
+            if context:
+                continue
+            for name in truth.keys() - set(untelling):
+                value, allowed = provider.errors[name], self._allowed(name)
                 if not value <= allowed:
-                    provider.status = f"failed: {name} is {value:.2e} from float64 ({allowed:.2e})"
+                    provider.status = f"failed: {name} is {value:.2e} from truth ({allowed:.2e})"
+
+    def _allowed(self, name: str) -> float:
+        # Below one rounding of the storage type, errors do not compare.
+        rounding = torch.finfo(getattr(torch, self.config["dtype"])).eps
+        return ERROR_RATIO * max(self.baseline.errors[name], rounding)
 
     def warm_up(self) -> None:
         for _ in range(WARM_UP_ROUNDS):
@@ -168,20 +194,23 @@ class Comparison:
             torch.accelerator.synchronize()
 
     def rows(self) -> list[Row]:
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = timestamp()
         here = machine(self.device)
         baseline = self.baseline
         same = Provider(SAME_AGAIN, "noise", baseline.step, baseline.results)
         same.seconds = self._same_again
-        return [
-            Row(
+        rows = []
+        for provider in [*self.providers, same]:
+            rate = percentiles([self.work / second for second in provider.seconds])
+            timed = rate["p50"] is not None
+            row = Row(
                 suite=self.suite,
                 case=self.case,
                 provider=provider.name,
                 role=provider.role,
                 metric=self.metric,
                 unit=self.unit,
-                **rates(provider.seconds, self.work),
+                **rate,
                 n=len(provider.seconds),
                 status=provider.status,
                 errors=provider.errors,
@@ -189,17 +218,10 @@ class Comparison:
                 bar=self.bar,
                 machine=here,
                 timestamp=now,
+                figures=self.figures(self.work / rate["p50"]) if self.figures and timed else {},
             )
-            for provider in [*self.providers, same]
-        ]
-
-    def summary(self) -> str:
-        """One line a provider, for the terminal."""
-        lines = [f"{self.suite} {self.case}"]
-        for row in self.rows():
-            figure = f"{row.p50:10.4g} {row.unit}" if row.p50 is not None else f"  {row.status}"
-            lines.append(f"  {row.provider:28} {figure}")
-        return "\n".join(lines)
+            rows.append(row)
+        return rows
 
 
 def relative_errors(
@@ -212,29 +234,42 @@ def relative_errors(
     }
 
 
-def rates(seconds: Sequence[float], work: float) -> dict[str, float | None]:
-    """The 20th, 50th and 80th percentile of work per second; None where nothing was timed."""
-    if not seconds:
+def percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    """The 20th, 50th and 80th percentile; None where nothing was measured."""
+    if not values:
         return {"p20": None, "p50": None, "p80": None}
-    if len(seconds) == 1:
-        return dict.fromkeys(("p20", "p50", "p80"), work / seconds[0])
-    values = [work / second for second in seconds]
+    if len(values) == 1:
+        return dict.fromkeys(("p20", "p50", "p80"), values[0])
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return {"p20": fifths[0], "p50": statistics.median(values), "p80": fifths[3]}
 
 
-def append(comparison: Comparison) -> Path:
-    """Appends the comparison's rows to its suite's file of the day, and returns that."""
-    rows = comparison.rows()
-    name = comparison.device if comparison.device != "cpu" else rows[0].machine["cpu"]
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{name} {rows[0].machine['isa']}".lower()).strip("-")
+def summary(rows: Sequence[Row]) -> str:
+    """One line a provider, for the terminal."""
+    lines = [f"{rows[0].suite} {rows[0].case}"]
+    for row in rows:
+        text = f"{row.p50:10.4g} {row.unit}" if row.p50 is not None else f"  {row.status}"
+        more = "".join(f", {value:.3g} {name}" for name, value in row.figures.items())
+        lines.append(f"  {row.provider:28} {text}{more}")
+    return "\n".join(lines)
+
+
+def append(rows: Sequence[Row]) -> Path:
+    """Appends a comparison's rows to its suite's file of the day, and returns that."""
+    here = rows[0].machine
+    name = here["device"] if here["device"] != "cpu" else here["cpu"]
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{name} {here['isa']}".lower()).strip("-")
     torch_version = "".join(torch.__version__.split(".")[:2])
     day = rows[0].timestamp[:10].replace("-", "")
-    path = RESULTS / f"{comparison.suite}-{slug}-pt{torch_version}-{day}.jsonl"
-    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{rows[0].suite}-{slug}-pt{torch_version}-{day}.jsonl"
+    RESULTS.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
     return path
+
+
+def timestamp() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def machine(device: str) -> dict[str, Any]:

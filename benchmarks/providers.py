@@ -16,6 +16,13 @@ from fastresnet import models
 CLASSES = 1000
 CIFAR_CLASSES = 10
 
+FACTORIES = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+    *("wide_resnet50_2", "wide_resnet101_2"),
+    *("vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"),
+)
+
 
 @dataclass(frozen=True)
 class ModelProvider:
@@ -39,7 +46,7 @@ class ModelProvider:
         """The architecture in training mode with a copy of `weights`."""
         model = build(self.source, architecture).to(memory_format=self.memory_format)
         model.load_state_dict(weights)
-        model.train()
+        model = without_dropout(model.train())
         return torch.compile(model) if self.compiled else model
 
 
@@ -60,6 +67,19 @@ def build(source: ModuleType, architecture: str) -> nn.Module:
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
     model.maxpool = nn.Identity()
     return model
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model with its dropout off (VGG's classifier has some): results are to be compared."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def head_of(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The last layer's bias, one value a class."""
+    return list(weights.values())[-1]
 
 
 def initial_weights(architecture: str) -> dict[str, torch.Tensor]:

@@ -1,21 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the README's table and its plot from benchmarks/results/*.jsonl, so that no number is
-typed by hand: `python benchmarks/report.py`. `--suite operators` prints another suite's table."""
+"""Writes the README's short tables, docs/benchmarks.md with every table, and the plots from
+benchmarks/results/*.jsonl, so that no number is typed by hand: `python benchmarks/report.py`.
+`--suite operators` prints one suite's table."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
-PLOT = HERE / "results" / "train_step.png"
+PAGE = HERE.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-SUITES = ("train_step", "operators")
+# What each suite's tables show.
+SUITES = {
+    "train_step": "A training step (forward, loss, backward, SGD with momentum); higher is better.",
+    "train_memory": (
+        "Peak memory of a training step above the idle state, model and optimiser's state being "
+        "there; lower is better."
+    ),
+    "conv_layers": (
+        "The convolutions of a network's blocks with their batch norms and ReLUs, summed over the "
+        "blocks; lower is better. The floor is the longer of multiplying and moving the same, at "
+        "the speeds that torch.mm and a copy or sum of a large tensor reached in the same run."
+    ),
+    "train_scaling": "How a training step grows with network, batch, side and threads.",
+    "operators": "Each fused operator, forward and backward; higher is better.",
+}
+IN_README = ("train_step", "train_memory", "conv_layers")
+PLOTTED = IN_README
+PAGE_INTRODUCTION = (
+    "Written by `benchmarks/report.py` from the measurements in `benchmarks/results/`: the latest "
+    "of each case on each machine, losing rows included. Speeds: providers run in turn in one "
+    "process, after their results were compared with float64. Memory: a process for each. Noise is "
+    "what separates the baseline from its second run."
+)
 
 
 @dataclass(frozen=True)
@@ -28,9 +53,14 @@ class Result:
     def first(self) -> dict[str, Any]:
         return next(iter(self.rows.values()))
 
+    @property
+    def lower_is_better(self) -> bool:
+        return self.first.get("better") == "lower"
+
     def best(self, *roles: str) -> dict[str, Any] | None:
         timed = [row for row in self.rows.values() if row["role"] in roles and row["p50"]]
-        return max(timed, key=lambda row: row["p50"], default=None)
+        sign = -1 if self.lower_is_better else 1
+        return max(timed, key=lambda row: sign * row["p50"], default=None)
 
     @property
     def noise(self) -> float:
@@ -43,24 +73,32 @@ class Result:
 
     @property
     def ratio(self) -> float | None:
-        """Ours, the better of the ways to run it, over the best peer."""
+        """Ours, the better of the ways to run it, over the best peer; of the metric itself."""
         ours, peer = self.best("ours"), self.best("baseline", "peer")
         return ours["p50"] / peer["p50"] if ours and peer else None
 
     @property
     def verdict(self) -> str:
-        if self.ratio is None:
-            return "failed"
-        if abs(self.ratio - 1) <= self.noise:
-            text = f"no difference ({self.ratio:.2f})"
-        else:
-            text = f"**{self.ratio:.2f}**" if self.ratio > 1 else f"{self.ratio:.2f} (slower)"
-        bar = self.first["bar"]
-        return text if bar is None or self.ratio >= bar else f"{text}, below the aim of {bar}"
+        return verdict(self.ratio, self.noise, self.first["bar"], lower=self.lower_is_better)
+
+
+def verdict(ratio: float | None, noise: float, bar: float | None, *, lower: bool = False) -> str:
+    """A ratio of ours to the best peer in words: a gain in bold, a loss and a missed bar named."""
+    if ratio is None:
+        return "failed"
+    gains = ratio < 1 if lower else ratio > 1
+    reached = bar is None or (ratio <= bar if lower else ratio >= bar)
+    if abs(ratio - 1) <= noise:
+        text = f"no difference ({ratio:.2f})"
+    elif gains:
+        text = f"**{ratio:.2f}**"
+    else:
+        text = f"{ratio:.2f} ({'more' if lower else 'slower'})"
+    return text if reached else f"{text}, {'above' if lower else 'below'} the aim of {bar:g}"
 
 
 def read(suite: str) -> list[dict[str, Any]]:
-    files = sorted((HERE / "results").glob(f"{suite}-*.jsonl"))
+    files = sorted(RESULTS.glob(f"{suite}-*.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
@@ -77,26 +115,149 @@ def latest(rows: Iterable[dict[str, Any]]) -> list[Result]:
 def table(results: list[Result]) -> str:
     """One Markdown table a machine, a column for each provider seen."""
     parts = []
-    for place in dict.fromkeys(describe(result) for result in results):
-        here = [result for result in results if describe(result) == place]
-        providers = list(
-            dict.fromkeys(
-                name
-                for result in here
-                for name, row in result.rows.items()
-                if row["role"] != "noise"
-            )
-        )
-        lines = [
-            f"| {here[0].first['unit']} | {' | '.join(providers)} | ours / best peer | noise |",
-            f"|---|{'---:|' * (len(providers) + 2)}",
-        ]
+    for place, here in by_place(results).items():
+        providers = provider_names(here)
+        lines = header(here[0].first["unit"], [*providers, "ours / best peer", "noise"])
         for result in here:
             figures = " | ".join(figure(result.rows.get(name)) for name in providers)
             case = result.first["case"]
             lines.append(f"| {case} | {figures} | {result.verdict} | {result.noise:.1%} |")
         parts.append(f"{place}\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
+
+
+def by_place(results: list[Result]) -> dict[str, list[Result]]:
+    """The results on each machine, by the line that describes it and when they were measured."""
+    places: dict[str, list[Result]] = {}
+    for result in results:
+        places.setdefault(describe(result), []).append(result)
+    return {f"{place}, {days(here)}:": here for place, here in places.items()}
+
+
+def days(results: list[Result]) -> str:
+    seen = [result.first["timestamp"][:10] for result in results]
+    return min(seen) if min(seen) == max(seen) else f"{min(seen)} to {max(seen)}"
+
+
+def provider_names(results: list[Result]) -> list[str]:
+    rows = (row for result in results for row in result.rows.values())
+    return list(dict.fromkeys(row["provider"] for row in rows if row["role"] != "noise"))
+
+
+def header(first: str, columns: list[str]) -> list[str]:
+    return [f"| {first} | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+
+
+@dataclass(frozen=True)
+class NetworkSum:
+    """The layers of one network in one direction, each as often as the network has it."""
+
+    network: str
+    mode: str
+    results: list[Result]
+
+    def seconds(self, role: str) -> float | None:
+        """None where this role's provider failed at a layer."""
+        rows = [row for r in self.results for row in r.rows.values() if row["role"] == role]
+        if not all(row["p50"] for row in rows):
+            return None
+        return sum(row["config"]["count"] * row["figures"]["ms"] / 1e3 for row in rows)
+
+    @property
+    def floor_seconds(self) -> float:
+        configs = [result.first["config"] for result in self.results]
+        return sum(config["count"] * config["floor_seconds"] for config in configs)
+
+    def share(self, role: str) -> float | None:
+        """How much of this role's time the floor takes."""
+        seconds = self.seconds(role)
+        return self.floor_seconds / seconds if seconds else None
+
+    @property
+    def noise(self) -> float:
+        """How far the baseline's sum is from that of its second run."""
+        baseline, same = self.seconds("baseline"), self.seconds("noise")
+        return abs(same / baseline - 1) if baseline and same else 0.0
+
+    @property
+    def ratio(self) -> float | None:
+        """Torch's time over ours: above 1 ours is faster."""
+        peer, ours = self.seconds("baseline"), self.seconds("ours")
+        return peer / ours if peer and ours else None
+
+
+def network_sums(results: list[Result]) -> list[NetworkSum]:
+    """Of the networks of which every layer was measured."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        config = result.first["config"]
+        groups.setdefault((config["network"], config["mode"]), []).append(result)
+    return [
+        NetworkSum(*key, group)
+        for key, group in groups.items()
+        if len(group) == group[0].first["config"]["layers"]
+    ]
+
+
+def layer_summary(results: list[Result]) -> str:
+    """A row for each network and direction: the sums of its layers' times, and the floor's."""
+    parts = []
+    for place, here in by_place(results).items():
+        totals = network_sums(here)
+        if not totals:
+            continue
+        names = {row["role"]: name for name, row in here[0].rows.items() if row["role"] != "noise"}
+        columns = [*names.values(), "floor", "of the floor", "torch / ours", "noise"]
+        lines = header("ms", columns)
+        for total in totals:
+            sums = [total.seconds(role) for role in names]
+            cells = [f"{1e3 * value:.4g}" if value else "failed" for value in sums]
+            share = total.share("ours")
+            cells += [f"{1e3 * total.floor_seconds:.4g}", f"{share:.0%}" if share else ""]
+            cells += [verdict(total.ratio, total.noise, None), f"{total.noise:.1%}"]
+            lines.append(f"| {total.network}, {total.mode} | {' | '.join(cells)} |")
+        parts.append(f"{place}\n\n" + "\n".join(lines))
+    return "\n\n".join(parts) or "No network was measured whole."
+
+
+def layer_table(results: list[Result]) -> str:
+    """Every layer: GFLOP/s, GB/s and the share of the floor for each provider."""
+    parts = []
+    for place, here in by_place(results).items():
+        providers = provider_names(here)
+        units = [f"{name}: GFLOP/s, GB/s, of the floor" for name in providers]
+        lines = header("case", ["times", *units, "ours / torch", "noise"])
+        for result in here:
+            cells = [layer_figure(result.rows.get(name)) for name in providers]
+            cells = [str(result.first["config"]["count"]), *cells]
+            cells += [result.verdict, f"{result.noise:.1%}"]
+            lines.append(f"| {result.first['case']} | {' | '.join(cells)} |")
+        roofs = dict.fromkeys(roof(result.first["config"]) for result in here)
+        parts.append(f"{place}\n\nFloors: {'; '.join(roofs)}.\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def layer_figure(row: dict[str, Any] | None) -> str:
+    if row is None or not row["p50"]:
+        return figure(row)
+    return f"{row['p50']:.0f}, {row['figures']['GB/s']:.1f}, {row['figures']['floor']:.0%}"
+
+
+def roof(config: dict[str, Any]) -> str:
+    """What a layer's floor rests on."""
+    multiply, bandwidth = config["roofline"]["multiply"], config["roofline"]["bandwidth"]
+    return (
+        f"{config['dtype']} {multiply['rate']:.0f} GFLOP/s ({multiply['name']}), "
+        f"{bandwidth['rate']:.1f} GB/s ({bandwidth['name']})"
+    )
+
+
+def tables(suite: str, results: list[Result], *, short: bool = False) -> str:
+    """short: without the table of each layer."""
+    if suite != "conv_layers":
+        return table(results)
+    summary = layer_summary(results)
+    return summary if short else f"{summary}\n\n{layer_table(results)}"
 
 
 def figure(row: dict[str, Any] | None) -> str:
@@ -106,41 +267,85 @@ def figure(row: dict[str, Any] | None) -> str:
 
 
 def describe(result: Result) -> str:
-    here, day = result.first["machine"], result.first["timestamp"][:10]
+    here = result.first["machine"]
     processor = here.get("gpu", here["cpu"])
     return (
         f"{processor}, {here['threads']} threads, {here['isa']}, torch {here['torch']}, "
-        f"torchvision {here['torchvision']}, {day}:"
+        f"torchvision {here['torchvision']}"
     )
 
 
-def plot(results: list[Result]) -> None:
-    """Ours and torchvision over the best peer, a group of bars a case."""
+def plot(suite: str, results: list[Result]) -> Path | None:
+    """Bars relative to the best peer, a group a case; None where there is nothing to draw."""
+    if suite == "conv_layers":
+        return plot_layers(results)
+    shown = [result for result in results if result.ratio is not None]
+    if not shown:
+        return None
+    what = "memory" if shown[0].lower_is_better else "speed"
+    bars = {"fastresnet": [result.ratio for result in shown]}
+    context = [relative(result, "context") for result in shown]
+    if any(context):
+        bars["stock torchvision"] = context
+    labels = [result.first["case"] for result in shown]
+    return draw(suite, labels, bars, f"{what} of a training step, best peer = 1")
+
+
+def plot_layers(results: list[Result]) -> Path | None:
+    """The floor's share that ours and torch's reach, over each network that is complete."""
+    totals = [total for total in network_sums(results) if total.ratio is not None]
+    if not totals:
+        return None
+    bars = {
+        name: [total.share(role) for total in totals]
+        for name, role in (("fastresnet", "ours"), ("torch", "baseline"))
+    }
+    labels = [f"{total.network}, {total.mode}" for total in totals]
+    return draw("conv_layers", labels, bars, "speed of the convolutions, the floor = 1")
+
+
+def draw(suite: str, labels: list[str], bars: dict[str, list[float]], axis: str) -> Path:
+    """Horizontal bars, a group for each label; the first of a group is ours."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [result for result in results if result.ratio is not None]
-    figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(shown) + 1.2), layout="constrained")
-    labels = [result.first["case"] for result in shown]
-    stock = [relative(result, "context") for result in shown]
-    positions = range(len(shown))
-    axes.barh([y + 0.2 for y in positions], [r.ratio for r in shown], 0.38, label="fastresnet")
-    axes.barh([y - 0.2 for y in positions], stock, 0.38, label="stock torchvision", color="0.7")
-    axes.axvline(1, color="black", linewidth=1, label="best peer")
-    axes.set_yticks(list(positions), labels)
+    figure, axes = pyplot.subplots(figsize=(8, 0.6 * len(labels) + 1.2), layout="constrained")
+    height = 0.8 / len(bars)
+    for index, (name, values) in enumerate(bars.items()):
+        places = [y + (index - (len(bars) - 1) / 2) * height for y in range(len(labels))]
+        color = "C0" if index == 0 else "0.7"
+        axes.barh(places, values, 0.95 * height, label=name, color=color)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
-    axes.set_xlabel("speed of a training step, best peer = 1")
+    axes.set_xlabel(axis)
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(PLOT, dpi=120)
+    path = RESULTS / f"{suite}.png"
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
+    return path
 
 
 def relative(result: Result, role: str) -> float:
     row, peer = result.best(role), result.best("baseline", "peer")
     return row["p50"] / peer["p50"] if row and peer else 0.0
+
+
+def section(
+    suite: str, results: list[Result], plotted: Path | None, page: Path, *, short: bool = False
+) -> str:
+    """A suite's text, tables and plot as Markdown on `page`."""
+    parts = [SUITES[suite], tables(suite, results, short=short)]
+    if plotted is not None:
+        parts.append(f"![{suite.replace('_', ' ')}]({relative_link(plotted, page)})")
+    return "\n\n".join(parts)
+
+
+def relative_link(target: Path, page: Path) -> str:
+    return Path(os.path.relpath(target, page.parent)).as_posix()
 
 
 def write_readme(text: str) -> None:
@@ -151,20 +356,34 @@ def write_readme(text: str) -> None:
     README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
+def write_page(sections: dict[str, str]) -> None:
+    titles = [f"## {suite.replace('_', ' ')}\n\n{text}" for suite, text in sections.items()]
+    text = "\n\n".join(["# Benchmarks", PAGE_INTRODUCTION, *titles])
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(f"{text}\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--suite", choices=SUITES, help="print this suite's table only")
+    parser.add_argument("--suite", choices=SUITES, help="print this suite's tables only")
     suite = parser.parse_args().suite
-    results = latest(read(suite or "train_step"))
-    if not results:
+    found = {name: latest(read(name)) for name in ([suite] if suite else SUITES)}
+    found = {name: results for name, results in found.items() if results}
+    if not found:
         raise SystemExit("no results yet: run `pytest benchmarks` first")
     if suite is not None:
-        print(table(results))
+        print(tables(suite, found[suite]))
         return
-    plot(results)
-    name = PLOT.relative_to(README.parent)
-    write_readme(f"{table(results)}\n\n![Speed of a training step]({name})")
-    print(f"wrote {README.name} and {name}")
+    plots = {name: plot(name, found[name]) for name in PLOTTED if name in found}
+    short = [
+        section(name, found[name], plots[name], README, short=True)
+        for name in IN_README
+        if name in found
+    ]
+    link = relative_link(PAGE, README)
+    write_readme("\n\n".join([*short, f"Everything measured: [{link}]({link})."]))
+    write_page({name: section(name, r, plots.get(name), PAGE) for name, r in found.items()})
+    print(f"wrote {README.name}, {link} and {len(plots)} plots")
 
 
 if __name__ == "__main__":
