@@ -48,7 +48,7 @@ void conv_stage_of(const ConvForwardParams& p, const ConvBlock& block, Range pan
   const ConvPlan& plan = *p.plan;
   const int64_t channels = plan.shape.channels;
   const StagedInput<E> staged(plan, memory);
-  const auto values = input_values(static_cast<const T*>(p.x), channels, p.scale, p.shift);
+  const InputValues<T> values{static_cast<const T*>(p.x), channels, p.scale, p.shift};
   for (size_t i = 0; i < plan.phases.size(); ++i)
     if (plan.phases[i].taps)
       stage_plane<E>(plan, block, source_of_phase(plan, plan.phases[i]), staged.planes[i], panels,
@@ -167,8 +167,8 @@ void conv_backward_stage_of(const ConvBackwardParams& p, const ConvBlock& block,
   const Range of_output{panels.begin, std::min(panels.end, out_panels)};
   const Range of_input{std::max<int64_t>(0, panels.begin - out_panels), panels.end - out_panels};
   stage_plane<E>(plan, block, source_of_output(plan), staged.gradients, of_output, s.out_channels,
-                 output_gradients<T>(p));
-  const auto values = input_values(static_cast<const T*>(p.x), s.channels, p.scale, p.shift);
+                 OutputGradients<T>(p));
+  const InputValues<T> values{static_cast<const T*>(p.x), s.channels, p.scale, p.shift};
   for (size_t i = 0; i < plan.phases.size(); ++i)
     if (plan.phases[i].taps)
       stage_plane<E>(plan, block, source_of_phase(plan, plan.phases[i]), staged.planes[i], of_input,

@@ -40,12 +40,8 @@ struct Plane {
   float* lines;
   int64_t panel_stride, panels;
 
-  Plane part(Range range) const {
-    return {lines + range.begin * panel_stride, panel_stride, range.end - range.begin};
-  }
-
-  void zero(int64_t pixel, int64_t count) const {
-    for (int64_t panel = 0; panel < panels; ++panel)
+  void zero(Range range, int64_t pixel, int64_t count) const {
+    for (int64_t panel = range.begin; panel < range.end; ++panel)
       std::memset(lines + panel * panel_stride + pixel * kLine, 0, count * kLine * sizeof(float));
   }
 };
@@ -57,20 +53,23 @@ int64_t plane_lines(const ConvPlan& plan) {
   return (plan.plane_pixels() + E::kRowStep) | 1;
 }
 
-// `count` pixels from `pixel` on of what make(c, part) makes: given the channels, a function from
-// a source pixel to a Vec. Source pixels begin at `from`, `step` apart.
-template <class E, class Make>
-inline void stage_run(const Plane& plane, int64_t channels, int64_t pixel, int64_t count,
-                      int64_t from, int64_t step, const Make& make) {
+// `count` pixels from `pixel` on of some panels; the source's pixels begin at `from`, `step` apart.
+template <class E, class Values>
+inline void stage_run(const Plane& plane, Range panels, int64_t channels, int64_t pixel,
+                      int64_t count, int64_t from, int64_t step, const Values& values) {
   constexpr int64_t kPixels = 8;  // for which coefficients stay in registers
-  const int64_t padded = plane.panels * kLineChannels<E>;
+  constexpr int64_t kAhead = 16;
+  const int64_t first = panels.begin * kLineChannels<E>, padded = panels.end * kLineChannels<E>;
   for (int64_t begin = 0; begin < count; begin += kPixels) {
     const int64_t end = std::min(count, begin + kPixels);
-    for (int64_t c = 0; c < padded; c += kWidth) {
+    // Behind the run's end is, mostly, the next one.
+    for (int64_t i = begin; i < end; ++i)
+      values.prefetch(from + (i + kAhead) * step, first, std::min(padded, channels));
+    for (int64_t c = first; c < padded; c += kWidth) {
       float* line = plane.lines + c / kLineChannels<E> * plane.panel_stride + pixel * kLine;
       const int64_t within = c % kLineChannels<E>;
       const auto stage = [&](auto part) {
-        const auto value = make(c, part);
+        const auto value = values(c, part);
         for (int64_t i = begin; i < end; ++i)
           E::store_values(line + i * kLine, within, value(from + i * step));
       };
@@ -108,63 +107,92 @@ inline Source source_of_phase(const ConvPlan& plan, const Phase& phase) {
 }
 
 // Some panels of a block's plane, its halo included, zeros wherever there is no value.
-template <class E, class Make>
+template <class E, class Values>
 void stage_plane(const ConvPlan& plan, const ConvBlock& block, const Source& source,
-                 const Plane& whole, Range range, int64_t all_channels, const Make& make_channels) {
-  if (range.begin >= range.end) return;
-  const Plane plane = whole.part(range);
-  const int64_t first = range.begin * kLineChannels<E>, channels = all_channels - first;
-  const auto make = [&](int64_t c, auto part) { return make_channels(first + c, part); };
-  plane.zero(0, plan.margin);
+                 const Plane& plane, Range panels, int64_t channels, const Values& values) {
+  if (panels.begin >= panels.end) return;
+  plane.zero(panels, 0, plan.margin);
   for (int64_t image = 0; image < block.images; ++image) {
     // One column without padding: all rows are one run.
     if (plan.pitch == 1 && plan.halo == 0) {
       const int64_t rows = std::clamp<int64_t>(source.height - block.row, 0, block.rows);
       const int64_t at = plan.at(image, 0, block);
-      stage_run<E>(plane, channels, at, rows, source.pixel(block.image + image, block.row, 0),
-                   source.row_pitch, make);
-      plane.zero(at + rows, block.rows - rows);
+      stage_run<E>(plane, panels, channels, at, rows,
+                   source.pixel(block.image + image, block.row, 0), source.row_pitch, values);
+      plane.zero(panels, at + rows, block.rows - rows);
       continue;
     }
     for (int64_t row = image == 0 ? -plan.halo : 0; row < block.rows + plan.halo; ++row) {
       const int64_t at = plan.at(image, row, block), grid_row = block.row + row;
       const bool inside = grid_row >= 0 && grid_row < source.height;
       const int64_t width = inside ? source.width : 0;
-      stage_run<E>(plane, channels, at, width, source.pixel(block.image + image, grid_row, 0),
-                   source.column_pitch, make);
-      plane.zero(at + width, plan.pitch - width);
+      stage_run<E>(plane, panels, channels, at, width,
+                   source.pixel(block.image + image, grid_row, 0), source.column_pitch, values);
+      plane.zero(panels, at + width, plan.pitch - width);
     }
   }
-  plane.zero(plan.at(block.images, 0, block), plan.margin + 1);
+  plane.zero(panels, plan.at(block.images, 0, block), plan.margin + 1);
 }
 
+// Asks for the lines of memory that hold channels [begin, end) of a pixel.
+template <class T>
+inline void prefetch_pixel(const T* pixel, int64_t begin, int64_t end) {
+  constexpr int64_t kStep = 64 / sizeof(T);
+  for (int64_t c = begin; c < end; c += kStep) __builtin_prefetch(pixel + c, 0, 2);
+}
+
+// What is staged: given the channels, a function from a pixel of memory to a Vec.
+//
 // x, or relu(scale * x + shift).
 template <class T>
-auto input_values(const T* x, int64_t channels, const float* scale, const float* shift) {
-  return [=](int64_t c, auto part) {
+struct InputValues {
+  const T* x;
+  int64_t channels;
+  const float *scale, *shift;
+
+  template <class P>
+  auto operator()(int64_t c, P part) const {
     const bool normalised = scale != nullptr;
     const Vec a = normalised ? load(scale + c, part) : broadcast(1.0f);
     const Vec b = normalised ? load(shift + c, part) : broadcast(0.0f);
-    return [=](int64_t pixel) {
+    return [=, this](int64_t pixel) {
       const Vec value = load(x + pixel * channels + c, part);
       return normalised ? relu(fma(value, a, b)) : value;
     };
-  };
-}
+  }
+  void prefetch(int64_t pixel, int64_t begin, int64_t end) const {
+    prefetch_pixel(x + pixel * channels, begin, end);
+  }
+};
 
 // The gradient of y, behind the batch norm: see InputGradientVec.
 template <class T>
-auto output_gradients(const ConvBackwardParams& p) {
-  const int64_t channels = p.plan->shape.out_channels;
-  const T* grad = static_cast<const T*>(p.grad);
-  const T* y = static_cast<const T*>(p.y);
-  return [=, &p](int64_t c, auto part) {
-    const InputGradientVec gradient(p.mean, p.coefficients, c, part);
-    return [=, &p](int64_t pixel) {
+struct OutputGradients {
+  const T *grad, *y;
+  const uint8_t* mask;  // null: the gradient counts everywhere
+  int64_t channels;
+  const float* mean;
+  BnCoefficients coefficients;
+
+  explicit OutputGradients(const ConvBackwardParams& p)
+      : grad(static_cast<const T*>(p.grad)),
+        y(static_cast<const T*>(p.y)),
+        mask(p.grad_mask),
+        channels(p.plan->shape.out_channels),
+        mean(p.mean),
+        coefficients(p.coefficients) {}
+
+  template <class P>
+  auto operator()(int64_t c, P part) const {
+    const InputGradientVec gradient(mean, coefficients, c, part);
+    return [=, this](int64_t pixel) {
       Vec g = load(grad + pixel * channels + c, part);
-      if (p.grad_mask)
-        g = keep(load_lanes(p.grad_mask + pixel * mask_bytes(channels) + c / 8, part), g);
+      if (mask) g = keep(load_lanes(mask + pixel * mask_bytes(channels) + c / 8, part), g);
       return gradient(g, load(y + pixel * channels + c, part));
     };
-  };
-}
+  }
+  void prefetch(int64_t pixel, int64_t begin, int64_t end) const {
+    prefetch_pixel(grad + pixel * channels, begin, end);
+    prefetch_pixel(y + pixel * channels, begin, end);
+  }
+};
