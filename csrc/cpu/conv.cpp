@@ -22,6 +22,8 @@
 namespace fastresnet::cpu {
 namespace {
 
+constexpr int64_t kLineBytes = 64;
+
 int64_t threads() { return torch::stable::get_num_threads(); }
 
 // body(part) for every part, which must not throw.
@@ -30,6 +32,16 @@ void parallel(int64_t parts, Body body) {
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) body(i);
   });
+}
+
+// Whether a result is too large to be found in a cache by whoever reads it next, and may be written
+// by whole lines.
+bool past_caches(const Tensor& result, int64_t channels) {
+  constexpr int64_t kLeast = 8 << 20;
+  const int64_t pixel_bytes = channels * static_cast<int64_t>(result.element_size());
+  const int64_t bytes = result.numel() * static_cast<int64_t>(result.element_size());
+  return bytes >= kLeast && pixel_bytes % kLineBytes == 0 &&
+         reinterpret_cast<intptr_t>(result.const_data_ptr()) % kLineBytes == 0;
 }
 
 int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
@@ -74,7 +86,6 @@ int64_t second_level_cache() {
 
 // Bytes of one staged pixel of so many channels.
 int64_t staged_bytes(int64_t channels, DType dtype) {
-  constexpr int64_t kLineBytes = 64;
   return padded(channels) / kernels().conv_line_channels(dtype) * kLineBytes;
 }
 
@@ -247,11 +258,12 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(
     p.shift = prologue->shift.data();
   }
   p.y = y.mutable_data_ptr();
+  p.past_caches = past_caches(y, s.out_channels);
 
   const int64_t pixel_bytes = input_bytes(s, dtype);
   const ConvPlan blocks = plan_blocks(s, pixel_bytes), whole = plan_whole(s, pixel_bytes);
   const int64_t line_channels = table.conv_line_channels(dtype);
-  const int64_t weight_bytes = padded_size(s) / line_channels * 64;
+  const int64_t weight_bytes = padded_size(s) / line_channels * kLineBytes;
   const bool by_channels = threads() * weight_bytes >
                            2 * int64_t{sizeof(float)} * table.conv_staged_floats(whole, dtype);
   const ConvPlan& plan = by_channels ? whole : blocks;
@@ -394,6 +406,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_backward_cpu(
   if (wants_dx) {
     p.weight = pack(weight, plan, dtype, true);
     p.dx = dx.mutable_data_ptr();
+    p.past_caches = past_caches(dx, s.channels);
   }
   WeightGradient dweight(weight, plan);
   const std::vector<double> x_sums =

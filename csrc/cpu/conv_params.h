@@ -51,6 +51,7 @@ struct ConvForwardParams {
   const float* shift;   // [channels]
   const float* weight;  // as conv_pack leaves it
   void* y;
+  bool past_caches;  // y is too large to be found in a cache by whoever reads it next
 };
 
 // Sums over outputs of what they are more than `shift`, and of its square; all [out_channels].
@@ -76,6 +77,7 @@ struct ConvBackwardParams {
   const void* addend;   // like x, added to the gradient of x; may be null
   const uint8_t* addend_mask;  // where it counts; null: everywhere
   void* dx;                    // null: not wanted
+  bool past_caches;            // of dx, as in the forward
 };
 
 }  // namespace fastresnet::cpu

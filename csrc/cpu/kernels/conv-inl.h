@@ -72,7 +72,7 @@ void conv_forward_of(const ConvForwardParams& p, const ConvBlock& block, float* 
   const int64_t chunks = met_by_output(s, 0).count * kBlockPanels<E>;
   const Pixels pixels{nullptr, first.panel_stride, distances.data(), taps, chunks};
   const int64_t weight_block = taps * chunks * kLine * kChannelBlock;
-  const OutputStore<T> store_output{static_cast<T*>(p.y), s.out_channels, moments};
+  const OutputStore<T> store_output{static_cast<T*>(p.y), s.out_channels, p.past_caches, moments};
   for (int64_t n = out_blocks.begin; n < out_blocks.end; ++n) {
     bool set_shift = moments.first;
     const int64_t panel = met_by_output(s, n).first * kBlockPanels<E>;
@@ -83,6 +83,7 @@ void conv_forward_of(const ConvForwardParams& p, const ConvBlock& block, float* 
                       set_shift = false;
                     });
   }
+  finish_streams();
 }
 
 // Backward -----------------------------------------------------------------------------------
@@ -217,6 +218,7 @@ void conv_input_gradient_of(const ConvBackwardParams& p, const ConvBlock& block,
                       });
     }
   }
+  finish_streams();
 }
 
 // y's gradient times x at the tap's distance, over all pixels of the block.

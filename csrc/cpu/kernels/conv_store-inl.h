@@ -131,41 +131,86 @@ inline void add_to(double* sums, Vec value, P part) {
   for (int i = 0; i < count; ++i) sums[i] += lanes[i];
 }
 
+// The vectors of a block of channels, at one pixel.
+constexpr int kBlockVecs = kChannelBlock / kWidth;
+
+// Calls body(first channel, vectors, Full or Part) so that every channel of a block is met: all
+// together where the block is full, one vector at a time elsewhere.
+template <class Body>
+inline void for_block_vectors(int64_t channels, int64_t first, Body body) {
+  if (first + kChannelBlock <= channels)
+    body(first, std::integral_constant<int, kBlockVecs>{}, Full{});
+  else
+    for_block_channels(channels, first, [&](int64_t c, auto part) {
+      body(c, std::integral_constant<int, 1>{}, part);
+    });
+}
+
+// Calls body(row of the tile, pixel of memory) for every row of the runs.
+template <class Body>
+inline void for_rows(const float* tile, const Runs& runs, Body body) {
+  for (int i = 0; i < runs.count; ++i) {
+    const Run& run = runs.run[i];
+    for (int64_t r = 0; r < run.count; ++r)
+      body(tile + (run.begin + r) * kChannelBlock, run.pixel + r * run.step);
+  }
+}
+
+// Large results go past the caches: whole lines at a time, which need not be read before.
+template <class T, int vectors, class P>
+inline void store_values(T* to, const Vec (&values)[vectors], P part, bool past_caches) {
+  if constexpr (vectors == kBlockVecs) {
+    if (past_caches) return stream(to, values);
+  }
+  for (int v = 0; v < vectors; ++v) store(to + v * kWidth, values[v], part);
+}
+
 // y, and the sums of its values (as stored) about a shift, which is set from the first tile.
 template <class T>
 struct OutputStore {
   T* y;
   int64_t channels;
+  bool past_caches;
   ConvMoments moments;
 
   void operator()(const float* tile, const Runs& runs, int64_t first, bool set_shift) const {
+    if (set_shift) store_shift(tile, runs, first);
+    for_block_vectors(channels, first, [&](int64_t c, auto count, auto part) {
+      constexpr int kVecs = count;
+      Vec centre[kVecs], sum[kVecs], square[kVecs];
+      for (int v = 0; v < kVecs; ++v) {
+        centre[v] = load(moments.shift + c + v * kWidth, part);
+        sum[v] = square[v] = broadcast(0.0f);
+      }
+      for_rows(tile + c - first, runs, [&](const float* row, int64_t pixel) {
+        T* out = y + pixel * channels + c;
+        Vec values[kVecs];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) {
+          values[v] = rounded(out, load(row + v * kWidth, Full{}));
+          const Vec d = values[v] - centre[v];
+          sum[v] = sum[v] + d;
+          square[v] = fma(d, d, square[v]);
+        }
+        store_values(out, values, part, past_caches);
+      });
+      for (int v = 0; v < kVecs; ++v) {
+        add_to(moments.sum + c + v * kWidth, sum[v], part);
+        add_to(moments.square + c + v * kWidth, square[v], part);
+      }
+    });
+  }
+
+ private:
+  void store_shift(const float* tile, const Runs& runs, int64_t first) const {
     for_block_channels(channels, first, [&](int64_t c, auto part) {
-      const float* column = tile + c - first;
-      if (set_shift) {
-        Vec total = broadcast(0.0f);
-        int64_t count = 0;
-        for (int i = 0; i < runs.count; ++i) {
-          const Run& run = runs.run[i];
-          for (int64_t r = 0; r < run.count; ++r)
-            total = total + load(column + (run.begin + r) * kChannelBlock, Full{});
-          count += run.count;
-        }
-        store(moments.shift + c, total * broadcast(1.0f / std::max<int64_t>(count, 1)), part);
-      }
-      const Vec centre = load(moments.shift + c, part);
-      Vec s = broadcast(0.0f), q = s;
-      for (int i = 0; i < runs.count; ++i) {
-        const Run& run = runs.run[i];
-        for (int64_t r = 0; r < run.count; ++r) {
-          T* out = y + (run.pixel + r * run.step) * channels + c;
-          store(out, load(column + (run.begin + r) * kChannelBlock, Full{}), part);
-          const Vec d = load(out, part) - centre;
-          s = s + d;
-          q = fma(d, d, q);
-        }
-      }
-      add_to(moments.sum + c, s, part);
-      add_to(moments.square + c, q, part);
+      Vec total = broadcast(0.0f);
+      int64_t count = 0;
+      for_rows(tile + c - first, runs, [&](const float* row, int64_t) {
+        total = total + load(row, Full{});
+        ++count;
+      });
+      store(moments.shift + c, total * broadcast(1.0f / std::max<int64_t>(count, 1)), part);
     });
   }
 };
@@ -192,40 +237,42 @@ struct InputGradientStore {
     const T* x = static_cast<const T*>(p.x);
     const T* addend = static_cast<const T*>(p.addend);
     T* dx = static_cast<T*>(p.dx);
-    for_block_channels(channels, first, [&](int64_t c, auto part) {
-      Vec scale = broadcast(0.0f), shift = scale, mean = scale, s = scale, q = scale;
-      if constexpr (normalised) {
-        scale = load(p.scale + c, part);
-        shift = load(p.shift + c, part);
-        mean = load(p.x_mean + c, part);
+    for_block_vectors(channels, first, [&](int64_t c, auto count, auto part) {
+      constexpr int kVecs = count;
+      Vec scale[kVecs], shift[kVecs], mean[kVecs], sum[kVecs], product[kVecs];
+      for (int v = 0; normalised && v < kVecs; ++v) {
+        scale[v] = load(p.scale + c + v * kWidth, part);
+        shift[v] = load(p.shift + c + v * kWidth, part);
+        mean[v] = load(p.x_mean + c + v * kWidth, part);
+        sum[v] = product[v] = broadcast(0.0f);
       }
-      for (int i = 0; i < runs.count; ++i) {
-        const Run& run = runs.run[i];
-        for (int64_t r = 0; r < run.count; ++r) {
-          const int64_t pixel = run.pixel + r * run.step, at = pixel * channels + c;
-          Vec g = load(tile + (run.begin + r) * kChannelBlock + c - first, Full{});
+      for_rows(tile + c - first, runs, [&](const float* row, int64_t pixel) {
+        const int64_t at = pixel * channels + c;
+        Vec values[kVecs];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) {
+          Vec g = load(row + v * kWidth, Full{});
           if constexpr (added) {
-            Vec other = load(addend + at, part);
-            if (p.addend_mask)
-              other = keep(load_lanes(p.addend_mask + pixel * mask_bytes(channels) + c / 8, part),
-                           other);
+            Vec other = load(addend + at + v * kWidth, part);
+            if (p.addend_mask) {
+              const uint8_t* mask = p.addend_mask + pixel * mask_bytes(channels);
+              other = keep(load_lanes(mask + (c + v * kWidth) / 8, part), other);
+            }
             g = g + other;
           }
           if constexpr (normalised) {
-            const Vec value = load(x + at, part);
-            g = keep(passes_relu(fma(value, scale, shift)), g);
-            store(dx + at, g, part);
-            g = load(dx + at, part);
-            s = s + g;
-            q = fma(g, value - mean, q);
-          } else {
-            store(dx + at, g, part);
+            const Vec value = load(x + at + v * kWidth, part);
+            g = rounded(dx, keep(passes_relu(fma(value, scale[v], shift[v])), g));
+            sum[v] = sum[v] + g;
+            product[v] = fma(g, value - mean[v], product[v]);
           }
+          values[v] = g;
         }
-      }
-      if constexpr (normalised) {
-        add_to(sum_g + c, s, part);
-        add_to(sum_gx + c, q, part);
+        store_values(dx + at, values, part, p.past_caches);
+      });
+      for (int v = 0; normalised && v < kVecs; ++v) {
+        add_to(sum_g + c + v * kWidth, sum[v], part);
+        add_to(sum_gx + c + v * kWidth, product[v], part);
       }
     });
   }

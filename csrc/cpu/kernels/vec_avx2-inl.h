@@ -58,6 +58,21 @@ inline void store(T* p, Vec a, Part part) {
   std::memcpy(p, buffer, part.count * sizeof(T));
 }
 
+template <class T>
+inline Vec rounded(const T*, Vec a) {
+  T buffer[kWidth];
+  store(buffer, a, Full{});
+  return load(buffer, Full{});
+}
+
+// Not past the caches on this level: no processor of interest stops here.
+template <class T>
+inline void stream(T* p, const Vec (&a)[32 / kWidth]) {
+  for (int i = 0; i < 32 / kWidth; ++i) store(p + i * kWidth, a[i], Full{});
+}
+
+inline void finish_streams() {}
+
 inline Lanes passes_relu(Vec z) { return {_mm256_cmp_ps(z.v, _mm256_setzero_ps(), _CMP_NLE_UQ)}; }
 inline Vec keep(Lanes lanes, Vec a) { return {_mm256_and_ps(lanes.v, a.v)}; }
 inline Lanes load_lanes(const uint8_t* p, Full) {

@@ -6,7 +6,8 @@
 // Full{} or, for the last channels, Part{count}; Lanes, one bit a lane: passes_relu, keep (zero
 // elsewhere), load_lanes, store_lanes (bit i of the bytes is lane i; bits beyond a Part are 0),
 // exceeds (greater, or the first is NaN), select; Bytes, one a lane: broadcast_byte, select, equal,
-// load_bytes, store_bytes; transpose of 16 x 16 floats, rows a stride apart.
+// load_bytes, store_bytes; transpose of 16 x 16 floats, rows a stride apart;
+// rounded, stream, finish_streams.
 
 constexpr int kWidth = 16;
 
@@ -69,6 +70,26 @@ template <class T>
 inline void store(T* p, Vec a, Part part) {
   _mm256_mask_storeu_epi16(p, first(part), narrow(p, a));
 }
+
+// What storing makes of it.
+inline Vec rounded(const float*, Vec a) { return a; }
+template <class T>
+inline Vec rounded(const T* p, Vec a) {
+  return widen(p, narrow(p, a));
+}
+
+// 32 values, past the caches; p on a line. Other threads see them after finish_streams.
+inline void stream(float* p, const Vec (&a)[2]) {
+  _mm512_stream_ps(p, a[0].v);
+  _mm512_stream_ps(p + 16, a[1].v);
+}
+template <class T>
+inline void stream(T* p, const Vec (&a)[2]) {
+  const __m512i low = _mm512_castsi256_si512(narrow(p, a[0]));
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_inserti64x4(low, narrow(p, a[1]), 1));
+}
+
+inline void finish_streams() { _mm_sfence(); }
 
 inline Lanes passes_relu(Vec z) {
   return {_mm512_cmp_ps_mask(z.v, _mm512_setzero_ps(), _CMP_NLE_UQ)};

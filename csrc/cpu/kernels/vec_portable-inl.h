@@ -65,6 +65,21 @@ inline void store(T* p, Vec a, Full) {
   store(p, a, Part{kWidth});
 }
 
+template <class T>
+inline Vec rounded(const T*, Vec a) {
+  T buffer[kWidth];
+  store(buffer, a, Full{});
+  return load(buffer, Full{});
+}
+
+// Not past the caches on this level: no processor of interest stops here.
+template <class T>
+inline void stream(T* p, const Vec (&a)[32 / kWidth]) {
+  for (int i = 0; i < 32 / kWidth; ++i) store(p + i * kWidth, a[i], Full{});
+}
+
+inline void finish_streams() {}
+
 inline Lanes passes_relu(Vec z) {
   uint8_t bits = 0;
   for (int i = 0; i < kWidth; ++i) bits |= static_cast<uint8_t>(!(z.v[i] <= 0.0f)) << i;
