@@ -330,7 +330,10 @@ def test_other_torchvision_networks(name, options, expected):
         before = model(x)
         convert(model)
         torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-5)
-        assert forward_ops(model, x) == expected
+        found = forward_ops(model, x)
+        # With the max-pool behind it where a level has a kernel for that.
+        found["bn_relu"] += found.pop("bn_relu_max_pool", 0)
+        assert found == expected
 
 
 def test_layer_getter_over_a_converted_backbone():

@@ -61,7 +61,7 @@ def fused_call(function: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) 
         to :func:`materialize`.
     """
     if isinstance(x, PendingBatchNorm):
-        if _is_relu(function):
+        if is_relu(function):
             return x.relu()
         x = x.apply()
     elif type(function) is nn.BatchNorm2d and not args and not kwargs and not has_hooks(function):
@@ -87,7 +87,7 @@ def add_relu(
         overwrite: add by ``x += residual``, as torchvision's blocks do, where it is not fused.
         kwargs: passed on to ``relu``; a fused one leaves out its ``inplace``.
     """
-    if isinstance(x, PendingBatchNorm) and _is_relu(relu):
+    if isinstance(x, PendingBatchNorm) and is_relu(relu):
         if isinstance(residual, PendingBatchNorm) and (
             residual.training != x.training or not _can_join(x.x, residual.x)
         ):
@@ -122,7 +122,7 @@ def begin_batch_norm(bn: nn.BatchNorm2d, x: Any) -> PendingBatchNorm | None:
     Chooses the statistics and updates the running ones exactly as ``nn.BatchNorm2d.forward``.
     Hooks on ``bn`` are the caller's concern.
     """
-    if _is_transformed(x) or (bn.running_mean is None) != (bn.running_var is None):
+    if is_transformed(x) or (bn.running_mean is None) != (bn.running_var is None):
         return None
     x = to_kernel_layout(x)
     if not ops.has_kernel(x) or x.shape[1] != bn.num_features:
@@ -133,7 +133,7 @@ def begin_batch_norm(bn: nn.BatchNorm2d, x: Any) -> PendingBatchNorm | None:
         mean, var = ops.bn_stats(x)
         training = True
         if bn.training and bn.track_running_stats:
-            _update_running_stats(bn, mean, var, x.numel() // x.shape[1])
+            update_running_stats(bn, mean, var, x.numel() // x.shape[1])
     return PendingBatchNorm(x, mean, var, bn.weight, bn.bias, bn.eps, training)
 
 
@@ -143,7 +143,7 @@ def to_kernel_layout(x: Any) -> Any:
     An NCHW tensor costs one copy, at the entry of a network: convolutions keep the layout.
     """
     if (
-        not _is_transformed(x)
+        not is_transformed(x)
         and x.dim() == 4
         and _extension.is_active(x.device.type)
         and x.dtype in ops.KERNEL_DTYPES
@@ -168,7 +168,7 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _is_relu(function: Callable[..., Any]) -> bool:
+def is_relu(function: Callable[..., Any]) -> bool:
     if isinstance(function, nn.Module):
         return type(function) is nn.ReLU and not has_hooks(function)
     return function in _RELU_FUNCTIONS
@@ -177,14 +177,14 @@ def _is_relu(function: Callable[..., Any]) -> bool:
 def _can_join(x: Tensor, residual: Any) -> bool:
     # A residual that broadcasts or has another dtype (a float32 input under autocast) is torch's.
     return (
-        not _is_transformed(residual)
+        not is_transformed(residual)
         and residual.shape == x.shape
         and residual.dtype == x.dtype
         and residual.device == x.device
     )
 
 
-def _is_transformed(x: Any) -> bool:
+def is_transformed(x: Any) -> bool:
     """Whether ``x`` is not a plain tensor in a plain run: torch.fx's proxy, or tracing, ONNX
     export, forward-mode AD, vmap and torch.func, for which the operators have no rule."""
     if not isinstance(x, Tensor) or torch.onnx.is_in_onnx_export():
@@ -198,7 +198,7 @@ def _is_transformed(x: Any) -> bool:
     )
 
 
-def _update_running_stats(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+def update_running_stats(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
     factor = 0.0 if bn.momentum is None else bn.momentum
     if bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``nn.Sequential`` whose batch norms run fused with the ReLU after them."""
+"""``nn.Sequential`` whose batch norms run fused with what is around them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,28 @@ from typing import Any
 from torch import nn
 
 from .batch_norm import fused_call, materialize
+from .chain import run_chain
+from .stem import pooled_stem
+
+_POOLED = [nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
 
 
 class FusedSequential(nn.Sequential):
-    """An ``nn.Sequential`` that runs each ``nn.BatchNorm2d`` through the fused operators, in one
-    pass with an ``nn.ReLU`` that follows it.
+    """An ``nn.Sequential`` that trains convolutions with batch norm and ReLU, and a max-pool behind
+    them, on convolutions of our own, and runs any other ``nn.BatchNorm2d`` in one pass with an
+    ``nn.ReLU`` that follows it.
 
     The children stay torch's modules at their own indices: keys, hooks, indexing and slicing are
     those of ``nn.Sequential``.
     """
 
     def forward(self, input: Any) -> Any:
-        for module in self:
-            input = fused_call(module, input)
+        modules = list(self)
+        while modules:
+            input, count = run_chain(modules, input)
+            if count == 0 and [type(module) for module in modules[:3]] == _POOLED:
+                input, count = pooled_stem(*modules[:3], input), 3
+            elif count == 0:
+                input, count = fused_call(modules[0], input), 1
+            modules = modules[count:]
         return materialize(input)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import ops
-from .batch_norm import PendingBatchNorm, _is_relu, fused_call, has_hooks
+from .batch_norm import PendingBatchNorm, fused_call, has_hooks, is_relu
 
 
 def pooled_stem(bn: nn.Module, relu: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
@@ -23,15 +23,15 @@ def pooled_stem(bn: nn.Module, relu: nn.Module, pool: nn.Module, x: Tensor) -> T
         x: [N, C, H, W].
     """
     x = fused_call(bn, x)
-    if isinstance(x, PendingBatchNorm) and _is_relu(relu):
-        windows = _square_windows(pool)
+    if isinstance(x, PendingBatchNorm) and is_relu(relu):
+        windows = square_windows(pool)
         if windows is not None and ops.has_max_pool_kernel(x.x, **windows):
             return ops.bn_relu_max_pool(*x[:5], **windows, eps=x.eps, training=x.training)
     x = fused_call(relu, x)
     return pool(x)
 
 
-def _square_windows(pool: nn.Module) -> dict[str, int] | None:
+def square_windows(pool: nn.Module) -> dict[str, int] | None:
     """The windows of ``pool`` as the operator's arguments, or None where they are not those of a
     plain pooling in both dimensions alike."""
     if (

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convolutions with the batch norm behind them, as the nodes of :mod:`fastresnet.nn.residual` and
+:mod:`fastresnet.nn.chain` run them: which ones the kernels take, and their forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops import ConvGradients, Normalized
+from .batch_norm import has_hooks, is_transformed, update_running_stats
+
+
+class Link(NamedTuple):
+    """A convolution and the batch norm behind it."""
+
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+
+    @property
+    def geometry(self) -> dict[str, int]:
+        """The convolution's arguments to the operators."""
+        conv = self.conv
+        return {
+            "stride": conv.stride[0],
+            "padding": conv.padding[0],
+            "dilation": conv.dilation[0],
+            "groups": conv.groups,
+        }
+
+    @property
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """Weight and bias of the convolution, weight and bias of the batch norm."""
+        return self.conv.weight, self.conv.bias, self.bn.weight, self.bn.bias
+
+    @property
+    def uses_batch(self) -> bool:
+        """Whether the batch norm normalises by the batch's own statistics."""
+        return self.bn.training or self.bn.running_mean is None
+
+    def output_sizes(self, sizes: Iterable[int]) -> list[int]:
+        """Height and width of the convolution's output."""
+        conv = self.conv
+        (stride, *_), (padding, *_), (dilation, *_) = conv.stride, conv.padding, conv.dilation
+        return [
+            max(0, (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
+            for size, kernel in zip(sizes, conv.kernel_size, strict=True)
+        ]
+
+    def forward(
+        self, x: Tensor | Normalized, weight: Tensor, bias: Tensor | None, *affine: Tensor
+    ) -> Normalized:
+        """The convolution's output, to be normalised by whoever reads it.
+
+        A batch norm takes a bias of the convolution away again, so none is added: it counts in the
+        mean only.
+        """
+        y, mean, var = ops.conv_stats(x, weight, **self.geometry)
+        if not self.uses_batch:
+            mean, var = self.bn.running_mean.float(), self.bn.running_var.float()
+            mean = mean if bias is None else mean - bias.float()
+        bn_weight, bn_bias = (vector.float() for vector in affine)
+        return Normalized(y, mean, var, bn_weight, bn_bias, self.bn.eps, self.uses_batch)
+
+    def gradients(self, result: ConvGradients, y: Normalized) -> tuple[Tensor | None, ...]:
+        """Those of :attr:`parameters`, from the backward of convolution and batch norm."""
+        bias = None
+        if self.conv.bias is not None and self.uses_batch:
+            bias = torch.zeros_like(self.conv.bias)
+        elif self.conv.bias is not None:
+            bias = result.bn_bias * y.weight * (y.var + y.eps).rsqrt()
+        return result.weight, bias, result.bn_weight, result.bn_bias
+
+    def update_running_stats(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """What a batch norm remembers of a batch, ``count`` values a channel."""
+        if self.bn.training and self.bn.track_running_stats:
+            if self.conv.bias is not None:
+                mean = mean + self.conv.bias.detach().float()
+            update_running_stats(self.bn, mean, var, count)
+
+
+def save_for_backward(
+    ctx: Any, links: Sequence[Link], outputs: Sequence[Normalized], *others: Tensor
+) -> None:
+    """Saves the links' weights and outputs, and other tensors, in a node's context."""
+    ctx.others = len(others)
+    ctx.rest = [(output.eps, output.training) for output in outputs]
+    vectors = (tensor for output in outputs for tensor in output[:5])
+    ctx.save_for_backward(*others, *(link.conv.weight for link in links), *vectors)
+
+
+def saved_tensors(ctx: Any) -> tuple[list[Tensor], list[Tensor], list[Normalized]]:
+    """The other tensors, the weights, the outputs that :func:`save_for_backward` saved."""
+    saved, count = list(ctx.saved_tensors), len(ctx.rest)
+    others, weights = saved[: ctx.others], saved[ctx.others : ctx.others + count]
+    vectors = saved[ctx.others + count :]
+    outputs = [Normalized(*vectors[5 * i : 5 * i + 5], *ctx.rest[i]) for i in range(count)]
+    return others, weights, outputs
+
+
+def runs_as_node(x: Tensor) -> bool:
+    """Whether something is there to be differentiated, and nothing that would look inside."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed(x)
+
+
+def is_plain(link: Link, x: Tensor) -> bool:
+    """Whether the kernels can take over both modules at an input like ``x``: no hooks, no subclass,
+    nothing that they do not do."""
+    conv, bn = link
+    if (
+        type(conv) is not nn.Conv2d
+        or type(bn) is not nn.BatchNorm2d
+        or has_hooks(conv)
+        or has_hooks(bn)
+        or conv.padding_mode != "zeros"
+        or isinstance(conv.padding, str)
+        or bn.weight is None
+        or bn.bias is None
+        or (bn.running_mean is None) != (bn.running_var is None)
+        or bn.num_features != conv.out_channels
+    ):
+        return False
+    if any(len(set(sizes)) > 1 for sizes in (conv.stride, conv.padding, conv.dilation)):
+        return False
+    # What torch's convolution would compute in.
+    dtype = (
+        torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else conv.weight.dtype
+    )
+    return (
+        x.dtype == dtype
+        and conv.stride[0] <= 4
+        and bn.weight.device == x.device
+        and ops.has_conv_kernel(x, conv.weight, conv.groups)
+    )
+
+
+def channels_fit(links: Sequence[Link], x: Tensor) -> bool:
+    """Whether each link takes what the one before it gives."""
+    channels = x.shape[1]
+    for link in links:
+        if link.conv.in_channels != channels:
+            return False
+        channels = link.conv.out_channels
+    return True
+
+
+def values_a_channel(links: Sequence[Link], x: Tensor) -> list[int]:
+    """How many values each channel of each link's output has."""
+    counts = []
+    sizes = x.shape[2:]
+    for link in links:
+        sizes = link.output_sizes(sizes)
+        counts.append(x.shape[0] * sizes[0] * sizes[1])
+    return counts
