@@ -2,13 +2,14 @@
 """Peak memory of one training step above the idle state, ours beside torchvision's eager model.
 
 Each provider is measured in a process of its own, so that no allocator has seen another's tensors:
-this file, run with a case and a provider, prints the figures. Idle is a model whose optimiser has
-its state, after a step in which the libraries made what they keep, with the gradients dropped.
+this file, run with a case and a provider, prints the figures. Idle is a model before its first
+step, and the optimiser's state: what a library keeps from one step to the next, be it memory for
+results, scratch or compiled primitives, counts as memory of the step.
 
 What is measured is the kernel's high-water mark of resident memory (VmHWM), set back to the present
-value before each step through /proc/self/clear_refs. Unlike the counters of torch's allocator it
-sees what is allocated past torch, as our kernels' and oneDNN's scratch is; and unlike getrusage's
-mark it can be set back, so that importing torch and the first step do not count.
+value before each step through /proc/self/clear_refs, less the pages of files: code that a step
+loads is none of its memory. Unlike the counters of torch's allocator it sees what is allocated past
+torch, as our kernels' and oneDNN's scratch is. The first step is not counted.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import gc
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -121,22 +121,27 @@ def usage(case: Case, provider: str) -> Usage:
     images, labels = batch(case, classes=head_of(weights).numel())
     trainer = Trainer(case, PROVIDERS[provider], weights, images, labels)
     del weights, images
-    losses, idles, peaks = [trainer.step().item()], [], []
+    gc.collect()
+    # What building the models left, which would hide as much of the peak.
+    ctypes.CDLL(None).malloc_trim(0)
+    idle = resident("VmRSS") - resident("RssFile") + momentum(trainer)
+    losses, peaks = [trainer.step().item()], []
     for _ in range(STEPS):
-        trainer.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        # glibc keeps what was freed; as part of the idle state it would hide as much of the peak.
-        ctypes.CDLL(None).malloc_trim(0)
-        idle = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         losses.append(trainer.step().item())
-        idles.append(idle)
-        peaks.append(resident("VmHWM") - idle)
-    return Usage(statistics.median(idles), peaks, losses, os.environ["THP_MEM_ALLOC_ENABLE"])
+        peaks.append(resident("VmHWM") - resident("RssFile") - idle)
+    return Usage(idle, peaks, losses, os.environ["THP_MEM_ALLOC_ENABLE"])
+
+
+def momentum(trainer: Trainer) -> float:
+    """MiB of SGD's momentum, which is there from the first step on."""
+    parameters = trainer.model.parameters()
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**20
 
 
 def resident(field: str) -> float:
-    """MiB; VmRSS is what the process holds now, VmHWM the most that it ever held."""
+    """MiB; VmRSS is what the process holds now, RssFile the pages of files in that, VmHWM the most
+    that it ever held."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(re.search(rf"^{field}:\s+(\d+) kB$", status, re.M)[1]) / 1024
 

@@ -209,13 +209,13 @@ def test_roofline_is_the_best_of_what_was_tried() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_of_a_step_holds_what_the_step_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_train_memory, "STEPS", 1)
+def test_memory_of_a_step_holds_what_the_step_needs() -> None:
     case = bench_train_step.Case("resnet18", 64, 8, "float32")
-    usage = bench_train_memory.usage(case, "fastresnet")
+    usage = bench_train_memory.measured(case, "fastresnet")
+    assert isinstance(usage, bench_train_memory.Usage), usage
     # At least the gradients: 11.7 million parameters in float32.
-    assert usage.peaks[0] > 44
-    assert len(usage.losses) == 2
+    assert min(usage.peaks) > 44
+    assert len(usage.losses) == 1 + bench_train_memory.STEPS
 
 
 def memory_rows(

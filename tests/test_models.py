@@ -302,15 +302,13 @@ def test_frozen_parts():
 # The kernels that were compiled are the ones that run
 
 
-def resnet_ops(
-    blocks: int, per_block: int, grouped: bool = False, pooled: bool = True
-) -> dict[str, int]:
+def resnet_ops(blocks: int, per_block: int, pooled: bool = True) -> dict[str, int]:
     """``blocks`` residual blocks of ``per_block`` batch norms, four stages. A basic first stage
     has no downsampling branch."""
     dual = 3 if per_block == 2 else 4
     joins = {"bn_add_relu": blocks - dual, "bn_add_bn_relu": dual}
     stem = "bn_relu_max_pool" if pooled and HAS_MAX_POOL else "bn_relu"
-    if HAS_CONVOLUTIONS and not grouped:  # the stem's alone is torch's
+    if HAS_CONVOLUTIONS:  # the stem's alone is torch's
         convolutions = blocks * per_block + dual
         backward = {"conv_bn_backward": convolutions, "bn_sums": blocks, f"{stem}_backward": 1}
         return {"bn_stats": 1, stem: 1, "conv_stats": convolutions, **joins, **backward}
@@ -318,6 +316,21 @@ def resnet_ops(
     forward = collections.Counter({"bn_relu": inner, **joins}) + collections.Counter([stem])
     backward = {f"{op}_backward": count for op, count in forward.items()}
     return {"bn_stats": 1 + inner + blocks + dual, **forward, **backward}
+
+
+def vgg_ops(convolutions: int, stages: int) -> dict[str, int]:
+    """Convolutions in stages with a max-pool behind each; the first, of three channels, is torch's
+    in any case."""
+    end = "bn_relu_max_pool" if HAS_MAX_POOL else "bn_relu"
+    if HAS_CONVOLUTIONS:
+        ours = convolutions - 1
+        forward = {"bn_stats": 1, "conv_stats": ours, end: stages}
+        return {**forward, "conv_bn_backward": ours, f"{end}_backward": stages}
+    applied = collections.Counter(bn_relu=convolutions - stages) + collections.Counter(
+        {end: stages}
+    )
+    backward = {f"{op}_backward": count for op, count in applied.items()}
+    return {"bn_stats": convolutions, **applied, **backward}
 
 
 # Whether the convolutions and the pooling are our own on this processor's level.
@@ -330,9 +343,9 @@ EXPECTED_OPS = {
     "resnet18": resnet_ops(8, 2),
     "resnet34": resnet_ops(16, 2),
     "resnet50": resnet_ops(16, 3),
-    "resnext50_32x4d": resnet_ops(16, 3, grouped=True),
+    "resnext50_32x4d": resnet_ops(16, 3),
     "cifar_resnet18": resnet_ops(8, 2, pooled=False),
-    "vgg11_bn": {"bn_stats": 8, "bn_relu": 8, "bn_relu_backward": 8},
+    "vgg11_bn": vgg_ops(convolutions=8, stages=5),
 }
 
 

@@ -95,8 +95,10 @@ int64_t input_bytes(const ConvShape& s, DType dtype) {
   return phases * staged_bytes(s.channels, dtype);
 }
 
+// Without a halo, small blocks cost nothing and leave the cache to the weights.
 ConvPlan plan_blocks(const ConvShape& s, int64_t pixel_bytes) {
-  return ConvPlan(s, pixel_bytes, second_level_cache() / 4, threads());
+  const bool pointwise = s.kernel_height * s.kernel_width == 1 && s.stride == 1;
+  return ConvPlan(s, pixel_bytes, second_level_cache() / (pointwise ? 16 : 4), threads());
 }
 
 ConvPlan plan_whole(const ConvShape& s, int64_t pixel_bytes) {
