@@ -20,7 +20,8 @@ constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kLeast = 128 << 10;  // smaller tensors are malloc's business
 
 // One range of addresses as large as the machine's memory, of which only what is written takes
-// memory. Results take the lowest gap that they fit in, so that what was used before is used again.
+// memory. Results take the smallest gap that they fit in, the last one, which is open, only if none
+// else will do: what was used before is used again.
 class Heap {
  public:
   // nullptr where the range is full or the system gave none.
@@ -28,8 +29,9 @@ class Heap {
     bytes = (bytes + kPage - 1) / kPage * kPage;
     const std::lock_guard lock(mutex_);
     if (gaps_.empty() && used_.empty()) reserve();
-    const auto gap = std::find_if(gaps_.begin(), gaps_.end(),
-                                  [bytes](const auto& entry) { return entry.second >= bytes; });
+    auto gap = gaps_.end();
+    for (auto it = gaps_.begin(); it != gaps_.end(); ++it)
+      if (it->second >= bytes && (gap == gaps_.end() || it->second < gap->second)) gap = it;
     if (gap == gaps_.end()) return nullptr;
     const auto [begin, size] = *gap;
     gaps_.erase(gap);
