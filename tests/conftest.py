@@ -10,6 +10,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from fastresnet import ops
+from fastresnet.nn import links
+
 # Machines differ in speed, and the first example compiles or loads what later ones reuse.
 settings.register_profile("fastresnet", deadline=None, derandomize=True)
 settings.load_profile("fastresnet")
@@ -20,6 +23,16 @@ def _fixed_random_numbers():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def convolutions_at_every_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our convolutions are to be right on every level, dtype and size, also where torch's are
+    preferred."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    levels = dict.fromkeys(torch.ops.fastresnet.isa_levels(), dtypes)
+    monkeypatch.setattr(ops.conv, "_LEVEL_DTYPES", levels)
+    monkeypatch.setattr(links, "_NARROW", {})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,13 +8,13 @@ import copy
 
 import pytest
 import torch
-from test_conv import DTYPES, channels_last
+from test_conv import channels_last
 from tolerances import assert_no_worse
 from torch import Tensor, nn
 
 import fastresnet
-from fastresnet import ops
-from fastresnet.nn import FusedSequential
+from fastresnet import _extension
+from fastresnet.nn import FusedSequential, links
 from fastresnet.nn.chain import _Chain
 
 
@@ -44,10 +44,7 @@ CHAINS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def kernels_at_every_level(monkeypatch):
-    every = {level: tuple(DTYPES) for level in torch.ops.fastresnet.isa_levels()}
-    monkeypatch.setattr(ops.conv, "_LEVEL_DTYPES", every)
+pytestmark = pytest.mark.usefixtures("convolutions_at_every_level")
 
 
 def step(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
@@ -129,3 +126,11 @@ def test_what_is_not_plain_runs_as_before():
     narrow = FusedSequential(*triple(8, 32, bias=False)).to(memory_format=torch.channels_last)
     few = channels_last(2, 8, 8, 8, dtype=torch.float32).requires_grad_()
     assert "_ChainBackward" not in nodes(narrow(few))
+
+
+def test_narrow_maps_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr(links, "_NARROW", {_extension.cpu_level: 8})
+    chain = FusedSequential(*triple(32, 32, bias=False)).to(memory_format=torch.channels_last)
+    for width, expected in ((8, False), (9, True)):
+        x = channels_last(2, 32, 8, width, dtype=torch.float32).requires_grad_()
+        assert ("_ChainBackward" in nodes(chain(x))) == expected

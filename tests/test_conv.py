@@ -53,11 +53,7 @@ GROUPS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def kernels_at_every_level(monkeypatch):
-    """The kernels are to be right on every level, also where torch's are preferred."""
-    every = {level: tuple(DTYPES) for level in torch.ops.fastresnet.isa_levels()}
-    monkeypatch.setattr(ops.conv, "_LEVEL_DTYPES", every)
+pytestmark = pytest.mark.usefixtures("convolutions_at_every_level")
 
 
 def channels_last(*shape: int, dtype: torch.dtype) -> Tensor:

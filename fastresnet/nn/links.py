@@ -10,9 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _extension, ops
 from ..ops import ConvGradients, Normalized
 from .batch_norm import has_hooks, is_transformed, update_running_stats
+
+# Up to this width of a map the vector kernels, which multiply the padding between its rows too, are
+# slower than torch's.
+_NARROW = {"avx512_bf16": 8, "avx512": 8}
 
 
 class Link(NamedTuple):
@@ -136,6 +140,14 @@ def is_plain(link: Link, x: Tensor) -> bool:
         and bn.weight.device == x.device
         and ops.has_conv_kernel(x, conv.weight, conv.groups)
     )
+
+
+def mostly_padding(links: Sequence[Link], x: Tensor) -> bool:
+    """Whether torch's convolutions are the better ones for such small maps: on vectors, where no
+    1x1 convolution, which knows no padding, makes up for it."""
+    _height, width = links[0].output_sizes(x.shape[2:])
+    narrow = width <= _NARROW.get(_extension.cpu_level, 0)
+    return narrow and all(link.conv.kernel_size != (1, 1) for link in links)
 
 
 def channels_fit(links: Sequence[Link], x: Tensor) -> bool:

@@ -21,6 +21,7 @@ from .links import (
     Link,
     channels_fit,
     is_plain,
+    mostly_padding,
     runs_as_node,
     save_for_backward,
     saved_tensors,
@@ -50,6 +51,8 @@ def residual_block(
     if not all(is_plain(link, x) for link in every):
         return None
     if not channels_fit(links, x) or not _branches_fit(links[-1], projection, x):
+        return None
+    if mostly_padding(links, x):
         return None
     counts = values_a_channel(links, x)
     if projection is not None:
