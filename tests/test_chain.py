@@ -8,9 +8,9 @@ import copy
 
 import pytest
 import torch
-from test_conv import channels_last
+from test_conv import channels_last, nodes, step
 from tolerances import assert_no_worse
-from torch import Tensor, nn
+from torch import nn
 
 import fastresnet
 from fastresnet import _extension
@@ -47,15 +47,6 @@ CHAINS = {
 pytestmark = pytest.mark.usefixtures("convolutions_at_every_level")
 
 
-def step(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    x = x.detach().requires_grad_()
-    out = module(x)
-    out.backward(grad.to(out.dtype))
-    results = {"out": out.detach(), "x": x.grad}
-    results |= {name: parameter.grad for name, parameter in module.named_parameters()}
-    return results | {name: b for name, b in module.named_buffers() if "running" in name}
-
-
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("make", CHAINS.values(), ids=CHAINS)
@@ -90,15 +81,6 @@ def test_against_float64(make, dtype, training, monkeypatch):
             assert not got[name].any(), name
             continue
         assert_no_worse(got[name], torchs[name], value, name, scale)
-
-
-def nodes(out: Tensor) -> list[str]:
-    names, waiting = [], [out.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        names.append(node.name())
-        waiting.extend(parent for parent, _ in node.next_functions if parent is not None)
-    return names
 
 
 def test_vgg_is_made_of_chains():

@@ -242,6 +242,15 @@ def test_operators_pass_opcheck():
     )
 
 
+def nodes(out: Tensor) -> list[str]:
+    names, waiting = [], [out.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        names.append(node.name())
+        waiting.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return names
+
+
 BLOCKS = {
     "basic": lambda: resnet.BasicBlock(32, 32),
     "basic_projection": lambda: resnet.BasicBlock(
@@ -303,13 +312,7 @@ def test_a_model_runs_block_by_block_and_counts_its_batches():
     x = channels_last(2, 3, 64, 64, dtype=torch.float32)
     out = model(x)
     out.sum().backward()
-    names = set()
-    nodes = [out.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        names.add(node.name())
-        nodes.extend(parent for parent, _ in node.next_functions if parent is not None)
-    assert "_ResidualBlockBackward" in names
+    assert "_ResidualBlockBackward" in nodes(out)
     assert model.layer1[0].bn1.num_batches_tracked == 1
     with torch.no_grad():
         assert torch.isfinite(model.eval()(x)).all()

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Where the CPU operators' results lie. Torch's allocator hands the memory of large tensors back to
 // the system when they die, and each step of a training pays again for the pages to be mapped and
-// cleared: a quarter of a second of processor time for a ResNet-50 at batch 16. Large results
-// therefore lie in memory that stays ours, in huge pages, and is used again by the next step.
+// cleared: 0.15 to 0.25 s of processor time for a ResNet-50 at batch 16. Large results therefore
+// lie in memory that stays ours, in huge pages, and is used again by the next step.
 #pragma once
 
 #include <cstdint>

@@ -21,11 +21,13 @@ from .batch_norm import is_relu
 from .links import (
     Link,
     channels_fit,
+    forward_links,
     is_plain,
     mostly_padding,
     runs_as_node,
     save_for_backward,
     saved_tensors,
+    sizes_behind,
     values_a_channel,
 )
 from .stem import square_windows
@@ -73,10 +75,7 @@ def run_chain(modules: Sequence[nn.Module], x: Any) -> tuple[Any, int]:
 
 def _like_output(links: list[Link], x: Tensor) -> Tensor:
     """A tensor like the last link's output; never written, so that it takes no memory."""
-    sizes = list(x.shape[2:])
-    for link in links:
-        sizes = link.output_sizes(sizes)
-    size = (x.shape[0], links[-1].conv.out_channels, *sizes)
+    size = (x.shape[0], links[-1].conv.out_channels, *sizes_behind(links, x))
     return torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
 
 
@@ -88,25 +87,17 @@ class _Chain(torch.autograd.Function):
     def forward(
         ctx: Any, links: list[Link], windows: dict[str, int] | None, x: Tensor, *parameters
     ):
-        outputs: list[Normalized] = []
-        for index, link in enumerate(links):
-            source = outputs[-1] if outputs else x
-            outputs.append(link.forward(source, *parameters[4 * index : 4 * index + 4]))
+        outputs = forward_links(links, x, parameters)
         last = outputs[-1]
-        arguments = (*last[:5], last.eps, last.training)
         if windows is None:
-            out = torch.ops.fastresnet.bn_relu.default(*arguments)
-            save_for_backward(ctx, links, outputs, x)
+            out = torch.ops.fastresnet.bn_relu.default(*last[:5], last.eps, last.training)
+            pooled = []
         else:
-            out, index = torch.ops.fastresnet.bn_relu_max_pool.default(
+            out, *pooled = torch.ops.fastresnet.bn_relu_max_pool.default(
                 *last[:5], *windows.values(), last.eps, last.training
             )
-            save_for_backward(ctx, links, outputs, x, index)
         ctx.links, ctx.windows = links, windows
-        statistics = [vector for output in outputs for vector in (output.mean, output.var)]
-        ctx.mark_non_differentiable(*statistics)
-        ctx.set_materialize_grads(False)
-        return out, *statistics
+        return out, *save_for_backward(ctx, links, outputs, x, *pooled)
 
     @staticmethod
     @once_differentiable

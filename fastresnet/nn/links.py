@@ -87,14 +87,33 @@ class Link(NamedTuple):
             update_running_stats(self.bn, mean, var, count)
 
 
+def forward_links(
+    links: Sequence[Link], x: Tensor, parameters: Sequence[Tensor | None]
+) -> list[Normalized]:
+    """The outputs of links one behind another, given the parameters of each."""
+    outputs: list[Normalized] = []
+    for index, link in enumerate(links):
+        source = outputs[-1] if outputs else x
+        outputs.append(link.forward(source, *parameters[4 * index : 4 * index + 4]))
+    return outputs
+
+
 def save_for_backward(
     ctx: Any, links: Sequence[Link], outputs: Sequence[Normalized], *others: Tensor
-) -> None:
-    """Saves the links' weights and outputs, and other tensors, in a node's context."""
+) -> list[Tensor]:
+    """Saves the links' weights and outputs, and other tensors, in a node's context.
+
+    Returns:
+        Mean and variance of each link's output, which the node returns too, not differentiable.
+    """
+    statistics = [vector for output in outputs for vector in (output.mean, output.var)]
+    ctx.mark_non_differentiable(*statistics)
+    ctx.set_materialize_grads(False)
     ctx.others = len(others)
     ctx.rest = [(output.eps, output.training) for output in outputs]
     vectors = (tensor for output in outputs for tensor in output[:5])
     ctx.save_for_backward(*others, *(link.conv.weight for link in links), *vectors)
+    return statistics
 
 
 def saved_tensors(ctx: Any) -> tuple[list[Tensor], list[Tensor], list[Normalized]]:
@@ -158,6 +177,14 @@ def channels_fit(links: Sequence[Link], x: Tensor) -> bool:
             return False
         channels = link.conv.out_channels
     return True
+
+
+def sizes_behind(links: Sequence[Link], x: Tensor) -> list[int]:
+    """Height and width of the last link's output; those of ``x`` where there are no links."""
+    sizes = list(x.shape[2:])
+    for link in links:
+        sizes = link.output_sizes(sizes)
+    return sizes
 
 
 def values_a_channel(links: Sequence[Link], x: Tensor) -> list[int]:

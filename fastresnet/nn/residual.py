@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..ops import Normalized
 from .batch_norm import has_hooks
 from .links import (
     Link,
     channels_fit,
+    forward_links,
     is_plain,
     mostly_padding,
     runs_as_node,
     save_for_backward,
     saved_tensors,
+    sizes_behind,
     values_a_channel,
 )
 from .sequential import FusedSequential
@@ -54,11 +55,10 @@ def residual_block(
         return None
     if mostly_padding(links, x):
         return None
-    counts = values_a_channel(links, x)
-    if projection is not None:
-        counts += values_a_channel([projection], x)
+    shortcut = [] if projection is None else [projection]
+    counts = values_a_channel(links, x) + values_a_channel(shortcut, x)
     # Torch has its own words for one value a channel, and for branches that do not fit.
-    if min(counts) < 2 or _sizes_at_end(links, x) != _sizes_at_end([projection], x):
+    if min(counts) < 2 or sizes_behind(links, x) != sizes_behind(shortcut, x):
         return None
 
     parameters = [parameter for link in every for parameter in link.parameters]
@@ -66,14 +66,6 @@ def residual_block(
     for index, link in enumerate(every):
         link.update_running_stats(*statistics[2 * index : 2 * index + 2], counts[index])
     return out
-
-
-def _sizes_at_end(links: list[Link | None], x: Tensor) -> list[int]:
-    """Height and width behind some links; None is the identity."""
-    sizes = list(x.shape[2:])
-    for link in links:
-        sizes = sizes if link is None else link.output_sizes(sizes)
-    return sizes
 
 
 def _branches_fit(last: Link, projection: Link | None, x: Tensor) -> bool:
@@ -102,10 +94,7 @@ class _ResidualBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, links: list[Link], projection: Link | None, x: Tensor, *parameters):
-        outputs: list[Normalized] = []
-        for index, link in enumerate(links):
-            source = outputs[-1] if outputs else x
-            outputs.append(link.forward(source, *parameters[4 * index : 4 * index + 4]))
+        outputs = forward_links(links, x, parameters)
         last = outputs[-1]
         if projection is None:
             out, mask = torch.ops.fastresnet.bn_add_relu.default(
@@ -119,11 +108,7 @@ class _ResidualBlock(torch.autograd.Function):
             )
         ctx.links, ctx.projection = links, projection
         every = links if projection is None else [*links, projection]
-        save_for_backward(ctx, every, outputs, x, mask)
-        statistics = [vector for output in outputs for vector in (output.mean, output.var)]
-        ctx.mark_non_differentiable(*statistics)
-        ctx.set_materialize_grads(False)
-        return out, *statistics
+        return out, *save_for_backward(ctx, every, outputs, x, mask)
 
     @staticmethod
     @once_differentiable

@@ -10,6 +10,8 @@ namespace fastresnet::cpu::avx2 {
 namespace {
 
 #include "cpu/kernels/vec_avx2-inl.h"
+
+#include "cpu/kernels/vec_plain-inl.h"
 // The kernels, on this level's Vec.
 #include "cpu/kernels/bn_act-inl.h"
 

@@ -8,6 +8,8 @@ namespace fastresnet::cpu::portable {
 namespace {
 
 #include "cpu/kernels/vec_portable-inl.h"
+
+#include "cpu/kernels/vec_plain-inl.h"
 // The kernels, on this level's Vec.
 #include "cpu/kernels/bn_act-inl.h"
 

@@ -58,21 +58,6 @@ inline void store(T* p, Vec a, Part part) {
   std::memcpy(p, buffer, part.count * sizeof(T));
 }
 
-template <class T>
-inline Vec rounded(const T*, Vec a) {
-  T buffer[kWidth];
-  store(buffer, a, Full{});
-  return load(buffer, Full{});
-}
-
-// Not past the caches on this level: no processor of interest stops here.
-template <class T>
-inline void stream(T* p, const Vec (&a)[32 / kWidth]) {
-  for (int i = 0; i < 32 / kWidth; ++i) store(p + i * kWidth, a[i], Full{});
-}
-
-inline void finish_streams() {}
-
 inline Lanes passes_relu(Vec z) { return {_mm256_cmp_ps(z.v, _mm256_setzero_ps(), _CMP_NLE_UQ)}; }
 inline Vec keep(Lanes lanes, Vec a) { return {_mm256_and_ps(lanes.v, a.v)}; }
 inline Lanes load_lanes(const uint8_t* p, Full) {
@@ -86,11 +71,6 @@ inline void store_lanes(uint8_t* p, Lanes lanes, Full) {
 }
 inline void store_lanes(uint8_t* p, Lanes lanes, Part part) {
   *p = static_cast<uint8_t>(_mm256_movemask_ps(lanes.v) & ((1 << part.count) - 1));
-}
-
-inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; ++j) to[j * to_stride + i] = from[i * from_stride + j];
 }
 
 inline Lanes exceeds(Vec a, Vec b) {
