@@ -77,4 +77,8 @@ STABLE_TORCH_LIBRARY(fastresnet, m) {
   m.def(
       "bn_sums(Tensor grad, Tensor? mask, Tensor x, Tensor mean, Tensor? residual, "
       "Tensor? residual_mean) -> (Tensor sums, Tensor residual_sums)");
+
+  m.def(
+      "warp(Tensor images, Tensor index, Tensor boxes, Tensor resized, Tensor turns, Tensor scale, "
+      "Tensor shift, Tensor? colours, Tensor(a!) out) -> ()");
 }

@@ -15,11 +15,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace fastresnet::cpu {
+#include "cpu/range.h"
 
-struct Range {
-  int64_t begin, end;
-};
+namespace fastresnet::cpu {
 
 struct ConvShape {
   int64_t batch, height, width, channels;

@@ -24,13 +24,30 @@ namespace {
 
 #include "cpu/kernels/conv-inl.h"
 
+#include "cpu/kernels/pixel-inl.h"
+
+#include "cpu/kernels/warp-inl.h"
+
 }  // namespace
 }  // namespace fastresnet::cpu::avx512_bf16
 FASTRESNET_TARGET_END
 
 const fastresnet::cpu::KernelTable fastresnet::cpu::avx512_bf16::table = {
-    bn_moments,           bn_forward,       bn_backward_sums,       bn_backward,
-    conv_line_channels,   conv_pack,        conv_staged_floats,     conv_backward_staged_floats,
-    conv_stage,           conv_forward,     conv_backward_stage,    conv_input_gradient,
-    conv_weight_gradient, max_pool_forward, max_pool_backward_sums, max_pool_backward};
+    bn_moments,
+    bn_forward,
+    bn_backward_sums,
+    bn_backward,
+    conv_line_channels,
+    conv_pack,
+    conv_staged_floats,
+    conv_backward_staged_floats,
+    conv_stage,
+    conv_forward,
+    conv_backward_stage,
+    conv_input_gradient,
+    conv_weight_gradient,
+    max_pool_forward,
+    max_pool_backward_sums,
+    max_pool_backward,
+    warp};
 #endif

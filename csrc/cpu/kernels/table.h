@@ -11,6 +11,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -20,6 +21,7 @@
 
 #include "cpu/conv_params.h"
 #include "cpu/max_pool_params.h"
+#include "cpu/warp_params.h"
 #include "params.h"
 
 namespace fastresnet::cpu {
@@ -87,6 +89,9 @@ struct KernelTable {
   // Rows [begin, end) of dx, of all images together.
   void (*max_pool_backward)(const MaxPoolBackwardParams& p, const BnCoefficients& k, int64_t begin,
                             int64_t end);
+
+  // One image.
+  void (*warp)(const WarpParams& p);
 };
 
 // A level is a file isa_LEVEL.cpp that defines its table.

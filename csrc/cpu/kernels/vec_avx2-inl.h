@@ -106,3 +106,5 @@ inline void store_bytes(uint8_t* p, Bytes a, Part part) {
   store_bytes(buffer, a, Full{});
   std::memcpy(p, buffer, part.count);
 }
+inline Vec widen(Bytes a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline Bytes truncated(Vec a) { return {_mm256_cvttps_epi32(a.v)}; }

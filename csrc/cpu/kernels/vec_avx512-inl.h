@@ -6,8 +6,8 @@
 // Full{} or, for the last channels, Part{count}; Lanes, one bit a lane: passes_relu, keep (zero
 // elsewhere), load_lanes, store_lanes (bit i of the bytes is lane i; bits beyond a Part are 0),
 // exceeds (greater, or the first is NaN), select; Bytes, one a lane: broadcast_byte, select, equal,
-// load_bytes, store_bytes; transpose of 16 x 16 floats, rows a stride apart;
-// rounded, stream, finish_streams.
+// load_bytes, store_bytes, widen (to floats), truncated (from floats in 0..255); transpose of 16 x
+// 16 floats, rows a stride apart; rounded, stream, finish_streams.
 
 constexpr int kWidth = 16;
 
@@ -173,3 +173,5 @@ inline void store_bytes(uint8_t* p, Bytes a, Full) {
 inline void store_bytes(uint8_t* p, Bytes a, Part part) {
   _mm_mask_storeu_epi8(p, first(part), a.v);
 }
+inline Vec widen(Bytes a) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(a.v))}; }
+inline Bytes truncated(Vec a) { return {_mm512_cvtepi32_epi8(_mm512_cvttps_epi32(a.v))}; }

@@ -117,3 +117,11 @@ inline Bytes load_bytes(const uint8_t* p, Part part) {
 inline Bytes load_bytes(const uint8_t* p, Full) { return load_bytes(p, Part{kWidth}); }
 inline void store_bytes(uint8_t* p, Bytes a, Part part) { std::memcpy(p, a.v, part.count); }
 inline void store_bytes(uint8_t* p, Bytes a, Full) { store_bytes(p, a, Part{kWidth}); }
+inline Vec widen(Bytes a) {
+  return map([&](int i) { return static_cast<float>(a.v[i]); });
+}
+inline Bytes truncated(Vec a) {
+  Bytes r;
+  for (int i = 0; i < kWidth; ++i) r.v[i] = static_cast<uint8_t>(a.v[i]);
+  return r;
+}
