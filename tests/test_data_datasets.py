@@ -18,6 +18,7 @@ from fastresnet.data import (
     ImageSet,
     load_digits,
     load_fashion_mnist,
+    load_mnist,
 )
 from fastresnet.data.datasets import fashion_mnist
 
@@ -67,7 +68,8 @@ def test_finds_the_files_under_data(tmp_path: Path, folder: str, compress: bool)
 
 
 def test_order_of_the_places(tmp_path: Path) -> None:
-    places = [tmp_path / "cache" / "fastresnet" / "raw", tmp_path / "debian", tmp_path / "data"]
+    cache = tmp_path / "cache" / "fastresnet" / "FashionMNIST" / "raw"
+    places = [cache, tmp_path / "debian", tmp_path / "data"]
     for place in places:
         write_fashion_mnist(place, compress=True)
         assert load_fashion_mnist(tmp_path / "data").source == str(place)
@@ -109,10 +111,12 @@ def test_a_damaged_copy_is_an_error_and_not_passed_over(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="expected a file of t10k's labels, got none"):
         load_fashion_mnist(tmp_path / "data")
 
+    # Both parts are looked at before the error.
     images = tmp_path / "data" / "train-images-idx3-ubyte"
     images.write_bytes(idx_bytes(np.zeros((20, 27, 28))))
-    with pytest.raises(DatasetError, match="expected images of 28x28, got 27x28"):
+    with pytest.raises(DatasetError, match="expected images of 28x28, got 27x28") as error:
         load_fashion_mnist(tmp_path / "data")
+    assert [problem.path for problem in error.value.problems] == [images, tmp_path / "data"]
 
 
 def test_digits_are_real_and_split_the_same_every_time() -> None:
@@ -127,6 +131,16 @@ def test_digits_are_real_and_split_the_same_every_time() -> None:
     )
     distances = torch.cdist(first.test.images.flatten(1).float(), means.flatten(1))
     assert (distances.argmin(1) == first.test.labels).float().mean() > 0.8
+
+
+def test_mnist_is_read_from_its_own_folder_of_the_cache_only(tmp_path: Path) -> None:
+    # The files of both data sets have the same names.
+    write_fashion_mnist(tmp_path / "cache" / "fastresnet" / "raw", compress=True)
+    with pytest.raises(DatasetNotFoundError, match="expected MNIST's IDX files"):
+        load_mnist(download=False)
+    write_fashion_mnist(tmp_path / "cache" / "fastresnet" / "MNIST" / "raw", compress=True)
+    dataset = load_mnist(download=False)
+    assert (dataset.name, dataset.classes[7], len(dataset.train)) == ("mnist", "7", 20)
 
 
 def image_set(count: int) -> ImageSet:

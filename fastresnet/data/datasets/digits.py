@@ -7,7 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastresnet.data.datasets.image_set import DatasetError, ImageDataset, ImageSet
+from fastresnet.data.datasets.errors import DatasetError
+from fastresnet.data.datasets.image_set import ImageDataset, ImageSet
 
 _SIZE = 28
 _TEST_IMAGES = 360

@@ -3,22 +3,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from fastresnet.data.datasets.idx import read_idx
-from fastresnet.data.datasets.image_set import (
-    DatasetError,
-    DatasetNotFoundError,
-    ImageDataset,
-    ImageSet,
-)
+from fastresnet.data.datasets.download import torchvision_download
+from fastresnet.data.datasets.image_set import ImageDataset
+from fastresnet.data.datasets.mnist_files import MnistFiles
 
 CLASSES = (
     "T-shirt/top",
@@ -33,8 +22,8 @@ CLASSES = (
     "Ankle boot",
 )
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-_SIZE = 28
-_CONNECT_SECONDS = 15.0
+
+_FILES = MnistFiles("Fashion-MNIST", "fashion-mnist", "FashionMNIST", CLASSES)
 
 
 def load_fashion_mnist(root: Path | None = None, *, download: bool = True) -> ImageDataset:
@@ -48,87 +37,27 @@ def load_fashion_mnist(root: Path | None = None, *, download: bool = True) -> Im
         DatasetNotFoundError: no place has the files; the message lists the places.
         DatasetError: a place has them, but a file is missing or damaged.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastresnet"
-    roots = [root, cache] if root is not None else [cache]
-    folders = [
-        folder for base in roots for folder in (base, base / "raw", base / "FashionMNIST" / "raw")
-    ]
-    folders.insert(3 if root is not None else 0, DEBIAN_FOLDER)
-    for folder in folders:
-        if _file(folder, "train", "images") is not None:
-            return _read(folder)
-
-    reason = "download switched off"
-    if download:
-        target = roots[0]
-        try:
-            _download(target)
-        except (OSError, RuntimeError) as error:
-            reason = f"download failed: {error}"
-        else:
-            return _read(target / "FashionMNIST" / "raw")
-    looked_in = ", ".join(str(folder) for folder in dict.fromkeys(folders))
-    raise DatasetNotFoundError(
-        f"expected Fashion-MNIST's IDX files, got none in {looked_in}; {reason} "
-        "(on Debian or Ubuntu: apt-get install dataset-fashion-mnist)"
+    return _FILES.load(
+        root,
+        packaged=[DEBIAN_FOLDER],
+        download=_download if download else None,
+        hint=" (on Debian or Ubuntu: apt-get install dataset-fashion-mnist)",
     )
 
 
-def _file(folder: Path, part: str, kind: str) -> Path | None:
-    dims = {"images": 3, "labels": 1}[kind]
-    for suffix in ("", ".gz"):
-        path = folder / f"{part}-{kind}-idx{dims}-ubyte{suffix}"
-        if path.is_file():
-            return path
-    return None
+def recognises(folder: Path) -> bool:
+    """Whether ``folder`` has the files, and is not named after plain MNIST."""
+    return _FILES.recognises(folder, lambda words: "fashion" in words or "mnist" not in words)
 
 
-def _read(folder: Path) -> ImageDataset:
-    return ImageDataset(
-        name="fashion-mnist",
-        train=_read_part(folder, "train"),
-        test=_read_part(folder, "t10k"),
-        classes=CLASSES,
-        source=str(folder),
-    )
+def read_fashion_mnist(folder: Path) -> ImageDataset:
+    """Reads the four IDX files in ``folder``, and from nowhere else.
 
-
-def _read_part(folder: Path, part: str) -> ImageSet:
-    paths = {kind: _file(folder, part, kind) for kind in ("images", "labels")}
-    for kind, path in paths.items():
-        if path is None:
-            raise DatasetError(f"{folder}: expected a file of {part}'s {kind}, got none")
-    images = read_idx(paths["images"], ndim=3)
-    labels = read_idx(paths["labels"], ndim=1)
-    if images.shape[1:] != (_SIZE, _SIZE):
-        raise DatasetError(
-            f"{paths['images']}: expected images of {_SIZE}x{_SIZE}, "
-            f"got {images.shape[1]}x{images.shape[2]}"
-        )
-    if len(images) != len(labels):
-        raise DatasetError(
-            f"{paths['labels']}: expected {len(images)} labels, one for each image, "
-            f"got {len(labels)}"
-        )
-    return ImageSet(
-        torch.from_numpy(images).unsqueeze(3), torch.from_numpy(labels.astype(np.int64))
-    )
+    Raises:
+        DatasetError: a file is missing or damaged.
+    """
+    return _FILES.read(folder)
 
 
 def _download(root: Path) -> None:
-    from torchvision.datasets import FashionMNIST
-
-    with _connect_timeout(_CONNECT_SECONDS):
-        FashionMNIST(str(root), train=True, download=True)
-
-
-@contextmanager
-def _connect_timeout(seconds: float) -> Iterator[None]:
-    # torchvision opens its URLs without a timeout: behind a firewall that drops packets, the
-    # fallback would come only after minutes of silence.
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+    torchvision_download("FashionMNIST", root)

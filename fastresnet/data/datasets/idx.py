@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fastresnet.data.datasets.image_set import DatasetError
+from fastresnet.data.datasets.errors import DatasetError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _UINT8 = 0x08
@@ -44,20 +44,22 @@ def read_idx(path: Path, *, ndim: int) -> np.ndarray:
             with gzip.open(file) as stream:
                 return _parse(stream, path, ndim)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DatasetError(f"{path}: expected an intact gzip file, got: {error}") from error
+            raise DatasetError.at(path, f"expected an intact gzip file, got: {error}") from error
 
 
 def _parse(stream: BinaryIO | gzip.GzipFile, path: Path, ndim: int) -> np.ndarray:
     magic = stream.read(4)
     expected = bytes((0, 0, _UINT8, ndim))
     if magic != expected:
-        raise DatasetError(
-            f"{path}: expected the IDX magic number {expected.hex(' ')} "
-            f"(bytes, {ndim} dimension{'s' if ndim > 1 else ''}), got {magic.hex(' ') or 'nothing'}"
+        raise DatasetError.at(
+            path,
+            f"expected the IDX magic number {expected.hex(' ')} "
+            f"(bytes, {ndim} dimension{'s' if ndim > 1 else ''}), "
+            f"got {magic.hex(' ') or 'nothing'}",
         )
     header = stream.read(4 * ndim)
     if len(header) != 4 * ndim:
-        raise DatasetError(f"{path}: expected {ndim} dimensions, got {len(header)} bytes of them")
+        raise DatasetError.at(path, f"expected {ndim} dimensions, got {len(header)} bytes of them")
     shape = tuple(int(size) for size in np.frombuffer(header, dtype=">u4"))
     count = int(np.prod(shape, dtype=object))
     # Read in pieces: a damaged header may promise far more than there is, or than memory holds.
@@ -66,7 +68,7 @@ def _parse(stream: BinaryIO | gzip.GzipFile, path: Path, ndim: int) -> np.ndarra
         values += piece
     if len(values) != count:
         got = f"{len(values)}" if len(values) < count else "more"
-        raise DatasetError(
-            f"{path}: expected {count} values for the dimensions {list(shape)}, got {got}"
+        raise DatasetError.at(
+            path, f"expected {count} values for the dimensions {list(shape)}, got {got}"
         )
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)

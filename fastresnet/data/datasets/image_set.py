@@ -9,13 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-class DatasetError(ValueError):
-    """A data set's files are missing, damaged, or not what their layout promises."""
-
-
-class DatasetNotFoundError(DatasetError):
-    """A data set is not on this machine and cannot be downloaded."""
+from fastresnet.data.datasets.errors import DatasetError
 
 
 @dataclass(frozen=True)
@@ -75,17 +69,27 @@ class ImageDataset:
     source: str
 
     def __post_init__(self) -> None:
-        for part, image_set in (("training", self.train), ("test", self.test)):
-            if len(image_set) == 0:
-                raise DatasetError(f"{self.source}: the {part} part holds no image")
-            low, high = int(image_set.labels.min()), int(image_set.labels.max())
-            if low < 0 or high >= len(self.classes):
-                raise DatasetError(
-                    f"{self.source}: expected {part} labels in 0..{len(self.classes) - 1}, "
-                    f"got {low}..{high}"
-                )
+        for part, image_set in self.parts.items():
+            check_labels(image_set.labels, self.classes, source=self.source, part=part)
+
+    @property
+    def parts(self) -> dict[str, ImageSet]:
+        """Both parts by name: "train" and "test"."""
+        return {"train": self.train, "test": self.test}
 
     @property
     def channels(self) -> int:
         """Channels of an image: 1 for grey, 3 for colour."""
         return self.train.images.shape[3]
+
+
+def check_labels(labels: Tensor, classes: tuple[str, ...], *, source: str, part: str) -> None:
+    """Checks that a part of a data set has images, and that their labels name classes."""
+    name = "training" if part == "train" else part
+    if len(labels) == 0:
+        raise DatasetError(f"{source}: the {name} part holds no image")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= len(classes):
+        raise DatasetError(
+            f"{source}: expected {name} labels in 0..{len(classes) - 1}, got {low}..{high}"
+        )
