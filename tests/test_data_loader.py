@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The in-memory loader: order, augmentation, layout."""
+"""The loader of sets in memory, and what all loaders share: epochs, state, devices."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastresnet.data import Augment, ImageSet, TensorLoader
-from fastresnet.data.augment import draw, shuffled
+from fastresnet.data import Augment, ImageSet, TensorLoader, make_loader
+from fastresnet.data.augment import choose, draw
 
 COUNT, SIDE = 50, 12
 
@@ -23,8 +24,19 @@ def image_set(channels: int = 1, count: int = COUNT) -> ImageSet:
     return ImageSet(images, torch.arange(count))
 
 
-def augment(channels: int = 1) -> Augment:
-    return Augment(size=16, padding=4, mean=(0.4,) * channels, std=(0.25,) * channels)
+def augment(channels: int = 1, **settings) -> Augment:
+    return Augment(
+        **{
+            "size": 16,
+            "resize": SIDE,
+            "crop": "random",
+            "padding": 4,
+            "hflip": 0.5,
+            "mean": (0.4,) * channels,
+            "std": (0.25,) * channels,
+            **settings,
+        }
+    )
 
 
 def by_label(loader: TensorLoader, epoch: int) -> dict[int, Tensor]:
@@ -40,14 +52,15 @@ def by_label(loader: TensorLoader, epoch: int) -> dict[int, Tensor]:
 def test_every_image_comes_once_an_epoch_in_a_new_order(batch_size: int) -> None:
     loader = TensorLoader(image_set(), augment(), batch_size=batch_size, training=True)
     orders = []
-    for epoch in range(3):
-        loader.set_epoch(epoch)
+    for _ in range(3):  # an epoch gone through is followed by the next
         batches = [labels for _, labels in loader]
         assert len(batches) == len(loader)
         assert all(len(labels) == batch_size for labels in batches[:-1])
         orders.append(torch.cat(batches).tolist())
         assert sorted(orders[-1]) == list(range(COUNT))
     assert orders[0] != orders[1] != orders[2] != list(range(COUNT))
+    loader.set_epoch(1)
+    assert torch.cat([labels for _, labels in loader]).tolist() == orders[1]
 
 
 def test_drop_last_leaves_out_only_what_does_not_fill_a_batch() -> None:
@@ -76,38 +89,14 @@ def test_training_images_are_the_drawn_crops(channels: int) -> None:
     source, spec = image_set(channels), augment(channels)
     loader = TensorLoader(source, spec, batch_size=8, training=True, seed=1)
     images = by_label(loader, 2)
-    corners = SIDE + 2 * spec.padding - spec.size + 1
-    choices = draw(spec, COUNT, corners=(corners, corners), seed=1, epoch=2)
+    drawn = choose(spec, np.full((COUNT, 2), SIDE), draw(COUNT, seed=1, epoch=2))
     padded = F.pad(source.images.permute(0, 3, 1, 2).float() / 255, (spec.padding,) * 4)
     for index in range(COUNT):
-        top, left = int(choices.top[index]), int(choices.left[index])
+        left, top = (int(side) + spec.padding for side in drawn.boxes[index, :2])
         expected = padded[index, :, top : top + spec.size, left : left + spec.size]
-        if choices.flip[index]:
+        if drawn.hflips[index]:
             expected = expected.flip(2)
         torch.testing.assert_close(images[index], (expected - 0.4) / 0.25)
-
-
-def test_drawn_choices_cover_their_range_evenly() -> None:
-    choices = draw(Augment(flip=0.25), 60_000, corners=(5, 3), seed=0, epoch=0)
-    # Four standard deviations of a count of 60,000 p (1 - p).
-    assert torch.bincount(choices.top).sub(12_000).abs().max() < 4 * 98
-    assert torch.bincount(choices.left).sub(20_000).abs().max() < 4 * 116
-    assert abs(int(choices.flip.sum()) - 15_000) < 4 * 107
-    together = torch.bincount(choices.top * 6 + choices.left * 2 + choices.flip)
-    expected = torch.tensor([60_000 / 15 * 0.75, 60_000 / 15 * 0.25]).repeat(15)
-    assert ((together - expected).abs() < 5 * expected.sqrt()).all()
-
-
-def test_flip_of_zero_and_one_are_never_and_always() -> None:
-    assert not draw(Augment(flip=0.0), 1000, corners=(1, 1), seed=0, epoch=0).flip.any()
-    assert draw(Augment(flip=1.0), 1000, corners=(1, 1), seed=0, epoch=0).flip.all()
-
-
-def test_order_is_a_permutation_unlike_its_neighbours() -> None:
-    orders = [shuffled(1000, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)]
-    for order in orders:
-        assert torch.equal(order.sort().values, torch.arange(1000))
-    assert len({tuple(order.tolist()) for order in orders}) == 4
 
 
 def test_evaluation_takes_central_crops_in_order() -> None:
@@ -121,8 +110,10 @@ def test_evaluation_takes_central_crops_in_order() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("image_size", [16, 8, 4])
-def test_images_are_channels_last_and_reduced_by_averaging(channels: int, image_size: int) -> None:
+@pytest.mark.parametrize("image_size", [16, 8, 5])
+def test_images_are_channels_last_and_the_same_crops_at_another_size(
+    channels: int, image_size: int
+) -> None:
     loader = TensorLoader(image_set(channels), augment(channels), batch_size=8, training=True)
     (full, _) = next(iter(loader))
     loader.set_epoch(0, image_size=image_size)
@@ -136,23 +127,88 @@ def test_images_are_channels_last_and_reduced_by_averaging(channels: int, image_
         image_size * channels,
         channels,
     )
-    torch.testing.assert_close(images, F.avg_pool2d(full, 16 // image_size))
+    expected = F.interpolate(full, (image_size, image_size), mode="bilinear", antialias=True)
+    # A resized crop is rounded to whole grey levels, 1 / (255 * 0.25) apart, in each direction.
+    torch.testing.assert_close(images, expected, atol=1.02 / (255 * 0.25), rtol=0)
 
 
-def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="batch size of at least 1, got 0"):
-        TensorLoader(image_set(), augment(), batch_size=0, training=True)
-    with pytest.raises(ValueError, match="a mean for each of 3 channels, got 2 means"):
-        TensorLoader(
-            image_set(3), Augment(mean=(0.1, 0.2), std=(1.0, 1.0)), batch_size=8, training=True
-        )
-    with pytest.raises(ValueError, match="at least 32 pixels a side with 4 of padding, got 12x12"):
-        TensorLoader(image_set(), Augment(size=32, padding=4), batch_size=8, training=True)
+def test_bfloat16_images_are_the_rounded_ones() -> None:
+    spec = augment(3, rotation=20)
+    exact, rounded = (
+        next(iter(TensorLoader(image_set(3), spec, batch_size=8, training=True, dtype=dtype)))[0]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert torch.equal(rounded, exact.bfloat16())
+    with pytest.raises(ValueError, match=r"float32 or bfloat16, got torch\.float16"):
+        TensorLoader(image_set(3), spec, batch_size=8, training=True, dtype=torch.float16)
+
+
+def test_shards_are_the_parts_of_one_loaders_batches() -> None:
+    whole = TensorLoader(image_set(), augment(), batch_size=8, training=True)
+    shards = [
+        TensorLoader(image_set(), augment(), batch_size=4, training=True, shard=shard, num_shards=2)
+        for shard in (0, 1)
+    ]
+    for (images, labels), *parts in zip(whole, *shards, strict=True):
+        assert torch.equal(images, torch.cat([part[0] for part in parts]))
+        assert torch.equal(labels, torch.cat([part[1] for part in parts]))
+
+
+@pytest.mark.parametrize("step", [0, 3, 7])
+def test_state_of_epoch_and_step_gives_the_rest_of_the_stream(step: int) -> None:
+    loader = TensorLoader(image_set(), augment(), batch_size=8, training=True, seed=9)
+    loader.set_epoch(2)
+    batches = list(loader)
+    loader.set_epoch(2)
+    going = iter(loader)
+    for _ in range(step):
+        next(going)
+    state = loader.state_dict()
+    assert state == {"epoch": 2, "step": step}
+
+    again = TensorLoader(image_set(), augment(), batch_size=8, training=True, seed=9)
+    again.load_state_dict(state)
+    assert again.state_dict() == state
+    rest = list(again)
+    assert len(rest) == 7 - step
+    for (images, labels), (wanted, wanted_labels) in zip(rest, batches[step:], strict=True):
+        assert torch.equal(images, wanted)
+        assert torch.equal(labels, wanted_labels)
+    assert again.state_dict() == {"epoch": 3, "step": 0}
+    assert len(list(again)) == 7  # the state counts once
+
+
+def test_state_of_another_set_is_refused() -> None:
     loader = TensorLoader(image_set(), augment(), batch_size=8, training=True)
-    with pytest.raises(ValueError, match="image size that divides 16, got 12"):
-        loader.set_epoch(0, image_size=12)
-    with pytest.raises(ValueError, match="seed and epoch of at least 0, got 0 and -1"):
-        shuffled(3, seed=0, epoch=-1)
-    for wrong in ({"size": 0}, {"padding": -1}, {"flip": 1.5}, {"std": (0.0,)}, {"mean": ()}):
-        with pytest.raises(ValueError, match="expected"):
-            Augment(**wrong)
+    with pytest.raises(ValueError, match=r"a step in 0\.\.7, got 8"):
+        loader.load_state_dict({"epoch": 0, "step": 8})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "a batch size of at least 1, got 0"),
+        ({"augment": augment(3)}, r"a mean for each of 1 channels"),
+        ({"augment": augment(hue=0.1)}, "colour images for a change of colour, got 1 channels"),
+        ({"shard": 1}, r"a shard in 0\.\.0, got 1 of 1"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict, message: str) -> None:
+    given = {"augment": augment(), "batch_size": 4, "training": True, **settings}
+    with pytest.raises(ValueError, match=f"expected {message}"):
+        TensorLoader(image_set(), given.pop("augment"), **given)
+
+
+@pytest.mark.parametrize("image_size", [0, 17])
+def test_image_size_beyond_the_augmentations_is_named(image_size: int) -> None:
+    loader = TensorLoader(image_set(), augment(), batch_size=4, training=True)
+    with pytest.raises(ValueError, match=rf"an image size in 1\.\.16, got {image_size}"):
+        loader.set_epoch(0, image_size=image_size)
+
+
+def test_make_loader_keeps_images_in_memory() -> None:
+    loader = make_loader(image_set(), augment(), 8, training=True)
+    assert isinstance(loader, TensorLoader)
+    assert loader.description == "in memory, cpu"
+    with pytest.raises(ValueError, match="one of auto, dali, native, torchvision, got 'cv2'"):
+        make_loader(image_set(), augment(), 8, training=True, backend="cv2")

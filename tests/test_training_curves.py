@@ -34,8 +34,8 @@ T_QUANTILE = 2.920
 
 def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless batches of randomly cropped digits."""
-    augment = Augment(size=32, padding=4, flip=0.0, mean=(0.3127,), std=(0.3566,))
     digits = load_digits().train
+    augment = Augment(size=32, resize=28, crop="random", padding=4, mean=(0.3127,), std=(0.3566,))
     loader = TensorLoader(
         digits, augment, batch_size=BATCH, training=True, seed=seed, drop_last=True
     )

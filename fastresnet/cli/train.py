@@ -76,8 +76,10 @@ def train_recipe(
     train_set, val_set = dataset.train.split(recipe.data.validation, seed=recipe.seed)
     augment = Augment(
         size=recipe.data.image_size,
+        resize=min(dataset.train.images.shape[1:3]),
+        crop="random",
         padding=recipe.data.padding,
-        flip=recipe.data.flip,
+        hflip=recipe.data.flip,
         mean=recipe.data.mean,
         std=recipe.data.std,
     )

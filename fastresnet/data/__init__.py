@@ -27,19 +27,29 @@ from fastresnet.data.datasets import (
     write_mnist_m,
     write_retinopathy,
 )
-from fastresnet.data.loader import TensorLoader
+from fastresnet.data.decode import ImageError
+from fastresnet.data.faults import Faults, TooManyFaultsError
+from fastresnet.data.file_loader import FileLoader
+from fastresnet.data.loader import Loader
+from fastresnet.data.selection import make_loader
+from fastresnet.data.tensor_loader import TensorLoader
 
 __all__ = [
     "LAYOUTS",
     "Augment",
     "DatasetError",
     "DatasetNotFoundError",
+    "Faults",
     "FileDataset",
+    "FileLoader",
     "FileSet",
     "ImageDataset",
+    "ImageError",
     "ImageSet",
+    "Loader",
     "Problem",
     "TensorLoader",
+    "TooManyFaultsError",
     "build_mnist_m",
     "load_cifar10",
     "load_cifar100",
@@ -51,6 +61,7 @@ __all__ = [
     "load_mnist",
     "load_mnist_m",
     "load_retinopathy",
+    "make_loader",
     "open_dataset",
     "write_cifar10",
     "write_mnist_m",

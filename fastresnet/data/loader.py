@@ -1,135 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A loader for sets that fit in memory: no worker processes, no per-image work.
-
-A batch is one gather of bytes, one select for the flips and one scaled conversion to float32,
-laid out as NHWC from the start.
-"""
+"""What every loader is: batches of an epoch, a place in it that can be saved, and a device."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastresnet.data.augment import Augment, central, draw, shuffled
-from fastresnet.data.datasets.image_set import ImageSet
+from fastresnet.data.augment import Augment, draw
+from fastresnet.data.order import Order
+from fastresnet.data.transfer import to_device
+
+Batch = tuple[Tensor, Tensor]
 
 
-class TensorLoader:
-    """Yields (images, labels): float32 [B, C, S, S] in channels_last, and int64 [B].
+class Loader(ABC):
+    """Yields (images, labels): [B, C, H, W] in channels_last, and int64 [B].
 
     In training, every epoch has its own order and its own augmentation, both fixed by (seed,
-    epoch) and chosen with :meth:`set_epoch`; otherwise images come in order, cropped centrally.
-    Each image comes exactly once an epoch, except that ``drop_last`` leaves out a last batch that
-    is not full.
+    epoch); otherwise images come in order and nothing is random. Each image comes exactly once an
+    epoch, except that a last batch that is not full may be left out (:class:`Order`).
+
+    An epoch that was gone through to its end is followed by the next one, unless
+    :meth:`set_epoch` chooses another.
 
     Args:
-        image_set: the images; the loader keeps one zero-padded copy of them.
-        augment: what is done to an image.
-        batch_size: images in a batch.
-        training: shuffle and augment at random.
-        seed: the seed of order and augmentation.
-        drop_last: leave out a last batch of fewer than ``batch_size`` images.
+        order: which images, in which batches.
+        augment: what is done to an image; in evaluation, its :meth:`Augment.evaluation`.
+        training: augment at random.
+        dtype: of the images, float32 or bfloat16.
+        device: where the batches go. To a GPU they are copied from page-locked memory, on a stream
+            of their own, one batch ahead.
     """
+
+    description: str  # what makes the batches, in words
 
     def __init__(
         self,
-        image_set: ImageSet,
+        order: Order,
         augment: Augment,
         *,
-        batch_size: int,
         training: bool,
-        seed: int = 0,
-        drop_last: bool = False,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
-        if drop_last and len(image_set) < batch_size:
-            raise ValueError(
-                f"expected at least one full batch of {batch_size} images, got {len(image_set)} "
-                "images and drop_last"
-            )
-        height, width, channels = image_set.images.shape[1:]
-        if len(augment.mean) not in (1, channels):
-            raise ValueError(
-                f"expected a mean for each of {channels} channels, got {len(augment.mean)} means"
-            )
-        padding = augment.padding
-        self._corners = tuple(side + 2 * padding - augment.size + 1 for side in (height, width))
-        if min(self._corners) < 1:
-            raise ValueError(
-                f"expected images of at least {augment.size} pixels a side with {padding} of "
-                f"padding, got {height}x{width}"
-            )
-        self._labels = image_set.labels
-        self._augment = augment
-        self._batch_size = batch_size
-        self._training = training
-        self._seed = seed
-        self._drop_last = drop_last
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"expected images as float32 or bfloat16, got {dtype}")
+        self.order = order
+        self.augment = augment if training else augment.evaluation()
+        self.training = training
+        self.dtype = dtype
+        self.device = device
         self._epoch = 0
-        self._image_size = augment.size
-
-        padded = F.pad(image_set.images, (0, 0, padding, padding, padding, padding))
-        # Every crop of every image as a view: [N, tops, lefts, S, S, C].
-        self._crops = (
-            padded.unfold(1, augment.size, 1).unfold(2, augment.size, 1).permute(0, 1, 2, 4, 5, 3)
-        )
-        mean, std = torch.tensor(augment.mean), torch.tensor(augment.std)
-        self._scale = 1 / (255 * std)
-        self._shift = -mean / std
+        self._begin = 0  # the step that the next iterator begins with
+        self._position = 0  # steps that the latest iterator has yielded
+        self._size = (augment.height, augment.width)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        full, rest = divmod(self.images_per_epoch, self._batch_size)
-        return full + (rest > 0)
+        return len(self.order)
 
     @property
     def images_per_epoch(self) -> int:
         """Images that an epoch yields."""
-        count = len(self._labels)
-        return count - count % self._batch_size if self._drop_last else count
+        return self.order.images
 
     def set_epoch(self, epoch: int, *, image_size: int | None = None) -> None:
-        """Chooses the epoch, and the size that images are reduced to (default: the crop's).
+        """Chooses the epoch, and the size of its images (default: the augmentation's).
+
+        Another size shows the same crops, resized to it.
 
         Raises:
-            ValueError: ``image_size`` is not a whole fraction of the crop's size.
+            ValueError: ``image_size`` is below 1, or above the augmentation's size.
         """
-        size = self._augment.size if image_size is None else image_size
-        if size < 1 or self._augment.size % size:
-            raise ValueError(
-                f"expected an image size that divides {self._augment.size}, got {image_size}"
-            )
-        self._epoch, self._image_size = epoch, size
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        count = len(self._labels)
-        if self._training:
-            order = shuffled(count, seed=self._seed, epoch=self._epoch)
-            choices = draw(
-                self._augment, count, corners=self._corners, seed=self._seed, epoch=self._epoch
-            )
+        full = (self.augment.height, self.augment.width)
+        if image_size is None:
+            size = full
+        elif 1 <= image_size <= min(full):
+            size = tuple(round(side * image_size / min(full)) for side in full)
         else:
-            order = torch.arange(count)
-            choices = central(count, corners=self._corners)
-        size = self._image_size
-        for begin in range(0, self.images_per_epoch, self._batch_size):
-            indices = order[begin : begin + self._batch_size]
-            crops = self._crops[indices, choices.top[indices], choices.left[indices]]
-            if self._training:
-                flip = choices.flip[indices].view(-1, 1, 1, 1)
-                crops = torch.where(flip, crops.flip(2), crops)
-            yield self._normalise(crops, size), self._labels[indices]
+            raise ValueError(f"expected an image size in 1..{min(full)}, got {image_size}")
+        self._epoch, self._begin, self._position, self._size = epoch, 0, 0, size
 
-    def _normalise(self, crops: Tensor, size: int) -> Tensor:
-        # Permuted from NHWC rather than converted: for one channel torch takes any strides as
-        # channels_last, and convolutions would then choose NCHW for the whole network.
-        pixels = crops.float()
-        window = self._augment.size // size
-        if window > 1:
-            pixels = pixels.unflatten(1, (size, window)).unflatten(3, (size, window))
-            pixels = pixels.mean(dim=(2, 4))
-        return torch.addcmul(self._shift, pixels, self._scale).permute(0, 3, 1, 2)
+    def state_dict(self) -> dict[str, int]:
+        """Where the latest iteration stands: the epoch, and the batches of it that were yielded."""
+        return {"epoch": self._epoch, "step": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Lets the next iteration go on behind the batches that the state has counted.
+
+        Raises:
+            ValueError: an epoch has not as many batches.
+        """
+        if not 0 <= state["step"] <= len(self):
+            raise ValueError(f"expected a step in 0..{len(self)}, got {state['step']}")
+        self._epoch = state["epoch"]
+        self._begin = self._position = state["step"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, begin, self._begin = self._epoch, self._begin, 0
+        self._position = begin
+        numbers = draw(self.order.count, seed=self.order.seed, epoch=epoch)
+        batches = self._load(epoch, self.order.batches(epoch, begin=begin), numbers)
+        for images, labels in to_device(batches, self.device):
+            self._position += 1
+            yield images, labels
+        if self._epoch == epoch:
+            self._epoch, self._position = epoch + 1, 0
+
+    @abstractmethod
+    def _load(
+        self, epoch: int, batches: Iterator[np.ndarray], numbers: np.ndarray
+    ) -> Iterator[Batch]:
+        """The batches of images with these indices, int64 [B] each; ``numbers`` are the epoch's
+        random ones, a row an image of the set."""

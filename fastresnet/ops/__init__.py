@@ -7,6 +7,7 @@ from .bn_act import KERNEL_DTYPES, bn, bn_add_bn_relu, bn_add_relu, bn_relu, bn_
 from .conv import bn_sums, conv_bn_backward, conv_stats, has_conv_kernel
 from .max_pool import bn_relu_max_pool, has_max_pool_kernel
 from .reference import ConvGradients, Normalized
+from .warp import warp
 
 __all__ = [
     "KERNEL_DTYPES",
@@ -25,4 +26,5 @@ __all__ = [
     "has_kernel",
     "has_max_pool_kernel",
     "reference",
+    "warp",
 ]
