@@ -78,7 +78,7 @@ def decode(
     """Decodes a file to uint8 [height, width, 4]: red, green, blue and 255, contiguous.
 
     The pixels are as stored: :func:`upright` applies the orientation. They take four bytes so that
-    one load fetches one; libjpeg writes them as fast as three.
+    one load fetches one; libjpeg writes them as fast as three. Other threads run meanwhile.
 
     Args:
         header: what :func:`read_header` said of ``data``, if it is known.
@@ -198,18 +198,27 @@ def _decode_turbo(data: bytes, header: Header, scale: int) -> np.ndarray:
     if scale > 1:
         options["min_height"], options["min_width"] = _reduced(header, scale)
     try:
-        pixels = simplejpeg.decode_jpeg(data, **options)
-    except ValueError as error:
+        pixels = _turbo(data, **options)
+    except ImageError as error:
         reason = str(error)
         if "Could not determine subsampling" in reason:
             return _decode_pillow(data, header, scale)
         frame = _frame(data)
-        if "Premature end of JPEG file" not in reason or not _holds_enough(data, frame):
-            kind = "corrupt" if _EOI in data[frame.scan :] else "truncated"
-            raise ImageError(f"expected an intact jpeg file, got: {reason}", kind=kind) from error
-        data += _EOI
-        pixels = simplejpeg.decode_jpeg(data, strict=False, **options)
+        if "Premature end of JPEG file" in reason and _holds_enough(data, frame):
+            data += _EOI
+            pixels = _turbo(data, strict=False, **options)
+        elif _EOI in data[frame.scan :]:
+            raise
+        else:
+            raise ImageError(reason, kind="truncated") from error
     return _decode_pillow(data, header, scale) if header.mode == "CMYK" else pixels
+
+
+def _turbo(data: bytes, **options: Any) -> np.ndarray:
+    try:
+        return simplejpeg.decode_jpeg(data, **options)
+    except ValueError as error:
+        raise ImageError(f"expected an intact jpeg file, got: {error}", kind="corrupt") from error
 
 
 @dataclass(frozen=True)
@@ -267,8 +276,8 @@ def _is_refined(data: bytes, frame: _Frame) -> bool:
 
 def _warning(data: bytes) -> str | None:
     try:
-        simplejpeg.decode_jpeg(data, min_height=1, min_width=1)
-    except ValueError as error:
+        _turbo(data, min_height=1, min_width=1)
+    except ImageError as error:
         return str(error)
     return None
 
@@ -279,10 +288,9 @@ def _decode_pillow(data: bytes, header: Header, scale: int) -> np.ndarray:
             image.draft(image.mode, (max(image.width // scale, 1), max(image.height // scale, 1)))
         image.load()
         pixels = _rgbx(image, header.format)
-    expected = _reduced(header, scale)
-    if scale == 1 and pixels.shape[:2] != expected:
+    if scale == 1 and pixels.shape[:2] != (header.height, header.width):
         raise ImageError(
-            f"expected {expected[1]}x{expected[0]} pixels as the header says, got "
+            f"expected {header.width}x{header.height} pixels as the header says, got "
             f"{pixels.shape[1]}x{pixels.shape[0]}",
             kind="corrupt",
         )
