@@ -84,4 +84,33 @@ inline const uint8_t* check_mask(const char* op, const Tensor& t, const Tensor& 
   return t.const_data_ptr<uint8_t>();
 }
 
+inline PoolShape check_pool(const char* op, const Tensor& x, int64_t kernel, int64_t stride,
+                            int64_t padding) {
+  check_input(op, x);
+  check(kernel >= 1 && kernel <= kMaxPoolKernel, op, ": expected a kernel_size of 1 to ",
+        kMaxPoolKernel, ", got ", kernel);
+  check(stride >= 1, op, ": expected a stride of 1 or more, got ", stride);
+  check(padding >= 0 && 2 * padding <= kernel, op,
+        ": expected a padding of at most half the kernel_size, got ", padding);
+  PoolShape s{x.size(0), x.size(2), x.size(3), x.size(1), 0, 0, kernel, stride, padding};
+  check(s.height + 2 * padding >= kernel && s.width + 2 * padding >= kernel, op,
+        ": expected x of at least the window's size, got ", shape(x));
+  s.out_height = (s.height + 2 * padding - kernel) / stride + 1;
+  s.out_width = (s.width + 2 * padding - kernel) / stride + 1;
+  return s;
+}
+
+// grad, index: of the pooled output's shape, channels_last.
+inline void check_pooled(const char* op, const char* name, const Tensor& t, const Tensor& x,
+                         const PoolShape& s, ScalarType dtype) {
+  check(t.defined() && t.dim() == 4 && t.size(0) == s.batch && t.size(1) == s.channels &&
+            t.size(2) == s.out_height && t.size(3) == s.out_width,
+        op, ": expected ", name, " of shape [", s.batch, ", ", s.channels, ", ", s.out_height, ", ",
+        s.out_width, "], got ", t.defined() ? shape(t) : "None");
+  check(t.scalar_type() == dtype, op, ": expected ", name, " of ",
+        torch::headeronly::toString(dtype), ", got ", torch::headeronly::toString(t.scalar_type()));
+  check(is_channels_last(t), op, ": expected ", name, " to be dense in channels_last");
+  check(t.device() == x.device(), op, ": expected ", name, " and x on one device");
+}
+
 }  // namespace fastresnet

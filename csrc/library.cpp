@@ -52,6 +52,18 @@ STABLE_TORCH_LIBRARY(fastresnet, m) {
       "Tensor residual_weight, float eps, float residual_eps, bool training) -> (Tensor dx, "
       "Tensor dweight, Tensor dbias, Tensor dresidual, Tensor dresidual_weight)");
 
+  // The forward's output was used twice, and the gradients of both uses come apart.
+  m.def(
+      "bn_add_relu_fork_backward(Tensor grad, Tensor shortcut_grad, Tensor mask, Tensor x, "
+      "Tensor mean, Tensor var, Tensor weight, float eps, bool training) -> (Tensor dx, "
+      "Tensor dweight, Tensor dbias, Tensor dresidual)");
+  m.def(
+      "bn_add_bn_relu_fork_backward(Tensor grad, Tensor shortcut_grad, Tensor mask, Tensor x, "
+      "Tensor mean, Tensor var, Tensor weight, Tensor residual, Tensor residual_mean, "
+      "Tensor residual_var, Tensor residual_weight, float eps, float residual_eps, "
+      "bool training) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual, "
+      "Tensor dresidual_weight)");
+
   // index: uint8, laid out like out in channels_last: where in its window each value was found.
   m.def(
       "bn_relu_max_pool(Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, "

@@ -24,6 +24,18 @@ constexpr bool has_residual(Epilogue e) {
 // Bytes of one row of a gradient mask: one bit a channel.
 constexpr int64_t mask_bytes(int64_t channels) { return (channels + 7) / 8; }
 
+// A position in a window, counted row by row, is one byte.
+constexpr int64_t kMaxPoolKernel = 15;
+// The position where the ReLU lets nothing of a window through.
+constexpr uint8_t kNoPosition = 255;
+
+// Square windows; those at the border hang over.
+struct PoolShape {
+  int64_t batch, height, width, channels;
+  int64_t out_height, out_width;
+  int64_t kernel, stride, padding;
+};
+
 struct BnForwardParams {
   const void* x;                // [rows, channels]
   const float* scale;           // [channels]

@@ -4,8 +4,14 @@ no test that passes because there was nothing to run on."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
+import emulator
 import pytest
 import torch
 from hypothesis import settings
@@ -23,6 +29,18 @@ def _fixed_random_numbers():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(scope="session")
+def emulated(request: pytest.FixtureRequest) -> Callable[[str], ctypes.CDLL]:
+    """Builds one file of tests/emulator, by its name, with the CUDA kernels that it includes."""
+    include = emulator.toolkit_include()
+    if isinstance(include, str):
+        pytest.skip(include)
+    if platform.system() != "Linux" or shutil.which("g++") is None:
+        pytest.skip("the emulator needs g++ on Linux")
+    cache = Path(request.config.cache.mkdir("emulator"))
+    return lambda name: emulator.build(cache, name, include)
 
 
 @pytest.fixture

@@ -7,18 +7,6 @@
 
 namespace fastresnet::cpu {
 
-// A position in a window, counted row by row, is one byte.
-constexpr int64_t kMaxPoolKernel = 15;
-// The position where the ReLU lets nothing of a window through.
-constexpr uint8_t kNoPosition = 255;
-
-// Square windows; those at the border hang over.
-struct PoolShape {
-  int64_t batch, height, width, channels;
-  int64_t out_height, out_width;
-  int64_t kernel, stride, padding;
-};
-
 struct MaxPoolForwardParams {
   PoolShape shape;
   DType dtype;

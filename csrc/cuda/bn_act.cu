@@ -4,68 +4,20 @@
 // fastresnet/ops/reference.py.
 #include "cuda/bn_act.cuh"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include <stdexcept>
-#include <string>
 #include <tuple>
 
 #include "check.h"
+#include "cuda/entry.h"
 
 namespace fastresnet::cuda {
 namespace {
-
-using torch::stable::accelerator::DeviceGuard;
-
-void check_cuda(const char* op, cudaError_t status) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // or torch would report it again, as the error of its next kernel
-  throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(status));
-}
-
-Queue current_queue(const char* op, const Tensor& x) {
-  const int32_t device = x.get_device_index();
-  void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream(device, &stream) != TORCH_SUCCESS)
-    throw std::runtime_error(std::string(op) + ": torch has no current CUDA stream");
-  Queue queue{static_cast<cudaStream_t>(stream), 0};
-  check_cuda(
-      op, cudaDeviceGetAttribute(&queue.multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  return queue;
-}
-
-Extent extent_of(const Tensor& x) { return {x.numel() / x.size(1), x.size(1), 0}; }
-
-// Torch's allocator hands out addresses aligned to far more than the 16 bytes that the kernels ask.
-Tensor empty_bytes(const Tensor& like, int64_t size) {
-  return torch::stable::empty({size}, ScalarType::Byte, std::nullopt, like.device());
-}
 
 Tensor empty_mask(const Tensor& x) {
   return torch::stable::empty({x.size(0), x.size(2), x.size(3), mask_bytes(x.size(1))},
                               ScalarType::Byte, std::nullopt, x.device());
 }
-
-// The four vectors of one batch norm as an operator receives them, under the names of its schema.
-// A backward operator that needs no bias leaves it out.
-struct NormalisationTensors {
-  const Tensor& mean;
-  const Tensor& var;
-  const Tensor& weight;
-  const Tensor* bias;
-  double eps;
-  const char* prefix = "";
-
-  Normalisation checked(const char* op, const Tensor& x) const {
-    const auto vector = [&](const char* name, const Tensor& t) {
-      return check_vector(op, (std::string(prefix) + name).c_str(), t, x);
-    };
-    return {vector("mean", mean), vector("var", var), vector("weight", weight),
-            bias == nullptr ? nullptr : vector("bias", *bias), static_cast<float>(eps)};
-  }
-};
 
 std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
   constexpr const char* kOp = "bn_stats";
@@ -80,7 +32,7 @@ std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
   p.var = var.mutable_data_ptr<float>();
   p.extent = extent_of(x);
   p.dtype = dtype_of(kOp, x);
-  Tensor workspace = empty_bytes(x, workspace_bytes(p.extent.rows, p.extent.channels, queue));
+  Tensor workspace = empty_bytes(x, bn_workspace_bytes(p.extent.rows, p.extent.channels, queue));
   check_cuda(kOp, launch_bn_stats(p, workspace.mutable_data_ptr(), queue));
   return {mean, var};
 }
@@ -152,14 +104,19 @@ struct Backward {
   Tensor dx, dweight, dbias, dresidual, dresidual_weight;
 };
 
-// `mask` is null for bn and bn_relu, `residual` and `residual_norm` for all but bn_add_bn_relu.
-Backward backward(const char* op, Epilogue epilogue, const Tensor& grad, const Tensor* mask,
-                  const Tensor& x, const NormalisationTensors& norm, bool training,
-                  const Tensor* residual = nullptr,
+// `shortcut_grad` is null where there is one gradient, `mask` for bn and bn_relu, `residual` and
+// `residual_norm` for all but bn_add_bn_relu.
+Backward backward(const char* op, Epilogue epilogue, const Tensor& grad,
+                  const Tensor* shortcut_grad, const Tensor* mask, const Tensor& x,
+                  const NormalisationTensors& norm, bool training, const Tensor* residual = nullptr,
                   const NormalisationTensors* residual_norm = nullptr) {
   check_input(op, x);
   check_like_input(op, "grad", grad, x);
   BackwardParams p{};
+  if (shortcut_grad != nullptr) {
+    check_like_input(op, "shortcut_grad", *shortcut_grad, x);
+    p.shortcut_grad = shortcut_grad->const_data_ptr();
+  }
   p.norm = norm.checked(op, x);
   if (mask != nullptr) p.mask = check_mask(op, *mask, x);
   if (residual != nullptr) {
@@ -178,11 +135,14 @@ Backward backward(const char* op, Epilogue epilogue, const Tensor& grad, const T
   p.dx = result.dx.mutable_data_ptr();
   p.dweight = result.dweight.mutable_data_ptr<float>();
   p.dbias = result.dbias.mutable_data_ptr<float>();
+  Tensor masked_grad;
   if (has_residual(epilogue)) {
     result.dresidual = empty_channels_last(x);
-    p.dresidual = result.dresidual.mutable_data_ptr();
+    masked_grad = residual_norm == nullptr ? result.dresidual : empty_channels_last(x);
+    p.masked_grad = masked_grad.mutable_data_ptr();
   }
   if (residual_norm != nullptr) {
+    p.dresidual = result.dresidual.mutable_data_ptr();
     result.dresidual_weight = empty_vector(x, channels);
     p.dresidual_weight = result.dresidual_weight.mutable_data_ptr<float>();
   }
@@ -196,7 +156,7 @@ Backward backward(const char* op, Epilogue epilogue, const Tensor& grad, const T
   p.dtype = dtype_of(op, x);
   p.epilogue = epilogue;
   p.training = training;
-  Tensor workspace = empty_bytes(x, workspace_bytes(p.extent.rows, channels, queue));
+  Tensor workspace = empty_bytes(x, bn_workspace_bytes(p.extent.rows, channels, queue));
   check_cuda(op, launch_bn_backward(p, workspace.mutable_data_ptr(), queue));
   return result;
 }
@@ -204,7 +164,7 @@ Backward backward(const char* op, Epilogue epilogue, const Tensor& grad, const T
 std::tuple<Tensor, Tensor, Tensor> bn_backward(const Tensor& grad, const Tensor& x,
                                                const Tensor& mean, const Tensor& var,
                                                const Tensor& weight, double eps, bool training) {
-  auto r = backward("bn_backward", Epilogue::none, grad, nullptr, x,
+  auto r = backward("bn_backward", Epilogue::none, grad, nullptr, nullptr, x,
                     {mean, var, weight, nullptr, eps}, training);
   return {r.dx, r.dweight, r.dbias};
 }
@@ -213,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_backward(const Tensor& grad, const Te
                                                     const Tensor& mean, const Tensor& var,
                                                     const Tensor& weight, const Tensor& bias,
                                                     double eps, bool training) {
-  auto r = backward("bn_relu_backward", Epilogue::relu, grad, nullptr, x,
+  auto r = backward("bn_relu_backward", Epilogue::relu, grad, nullptr, nullptr, x,
                     {mean, var, weight, &bias, eps}, training);
   return {r.dx, r.dweight, r.dbias};
 }
@@ -221,7 +181,15 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_backward(const Tensor& grad, const Te
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_backward(
     const Tensor& grad, const Tensor& mask, const Tensor& x, const Tensor& mean, const Tensor& var,
     const Tensor& weight, double eps, bool training) {
-  auto r = backward("bn_add_relu_backward", Epilogue::add_relu, grad, &mask, x,
+  auto r = backward("bn_add_relu_backward", Epilogue::add_relu, grad, nullptr, &mask, x,
+                    {mean, var, weight, nullptr, eps}, training);
+  return {r.dx, r.dweight, r.dbias, r.dresidual};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_fork_backward(
+    const Tensor& grad, const Tensor& shortcut_grad, const Tensor& mask, const Tensor& x,
+    const Tensor& mean, const Tensor& var, const Tensor& weight, double eps, bool training) {
+  auto r = backward("bn_add_relu_fork_backward", Epilogue::add_relu, grad, &shortcut_grad, &mask, x,
                     {mean, var, weight, nullptr, eps}, training);
   return {r.dx, r.dweight, r.dbias, r.dresidual};
 }
@@ -233,8 +201,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_relu_backward(
     bool training) {
   const NormalisationTensors residual_norm{residual_mean, residual_var, residual_weight,
                                            nullptr,       residual_eps, "residual_"};
-  auto r = backward("bn_add_bn_relu_backward", Epilogue::add_bn_relu, grad, &mask, x,
+  auto r = backward("bn_add_bn_relu_backward", Epilogue::add_bn_relu, grad, nullptr, &mask, x,
                     {mean, var, weight, nullptr, eps}, training, &residual, &residual_norm);
+  return {r.dx, r.dweight, r.dbias, r.dresidual, r.dresidual_weight};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_relu_fork_backward(
+    const Tensor& grad, const Tensor& shortcut_grad, const Tensor& mask, const Tensor& x,
+    const Tensor& mean, const Tensor& var, const Tensor& weight, const Tensor& residual,
+    const Tensor& residual_mean, const Tensor& residual_var, const Tensor& residual_weight,
+    double eps, double residual_eps, bool training) {
+  const NormalisationTensors residual_norm{residual_mean, residual_var, residual_weight,
+                                           nullptr,       residual_eps, "residual_"};
+  auto r =
+      backward("bn_add_bn_relu_fork_backward", Epilogue::add_bn_relu, grad, &shortcut_grad, &mask,
+               x, {mean, var, weight, nullptr, eps}, training, &residual, &residual_norm);
   return {r.dx, r.dweight, r.dbias, r.dresidual, r.dresidual_weight};
 }
 
@@ -251,4 +232,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastresnet, CUDA, m) {
   m.impl("bn_relu_backward", TORCH_BOX(&fastresnet::cuda::bn_relu_backward));
   m.impl("bn_add_relu_backward", TORCH_BOX(&fastresnet::cuda::bn_add_relu_backward));
   m.impl("bn_add_bn_relu_backward", TORCH_BOX(&fastresnet::cuda::bn_add_bn_relu_backward));
+  m.impl("bn_add_relu_fork_backward", TORCH_BOX(&fastresnet::cuda::bn_add_relu_fork_backward));
+  m.impl("bn_add_bn_relu_fork_backward",
+         TORCH_BOX(&fastresnet::cuda::bn_add_bn_relu_fork_backward));
 }

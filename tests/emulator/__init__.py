@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,12 +49,18 @@ def toolkit_include() -> Path | str:
     return include
 
 
+SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
 def build(cache: Path, name: str, include: Path) -> ctypes.CDLL:
-    """The emulator and ``name``.cpp of this folder as one library, built once per content."""
-    sources = [HERE / "emulator.cpp", HERE / f"{name}.cpp"]
+    """The emulator and ``name``.cpp of this folder as one library, built once per content; with
+    AddressSanitizer and UndefinedBehaviorSanitizer where FASTRESNET_EMULATOR_SANITIZE=1."""
+    sources = [HERE / "emulator.cpp", HERE / "memory.cpp", HERE / f"{name}.cpp"]
     inputs = [*sources, *HERE.glob("*.h"), *CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh")]
     command = ["g++", "-shared", "-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror"]
     command += ["-Wno-unknown-pragmas", f"-I{HERE}", f"-I{CSRC}", "-isystem", str(include)]
+    if os.environ.get("FASTRESNET_EMULATOR_SANITIZE") == "1":
+        command += SANITIZERS
     command += map(str, sources)
     digest = hashlib.sha256(repr(command).encode())
     for path in sorted(inputs):
@@ -63,6 +71,42 @@ def build(cache: Path, name: str, include: Path) -> ctypes.CDLL:
         subprocess.run([*command, "-o", str(unfinished)], check=True)
         unfinished.rename(library)
     return ctypes.CDLL(str(library))
+
+
+def sanitized(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``command`` so that what it builds here can be loaded with the sanitizers in it."""
+
+    def runtime(name: str) -> str:
+        found = ["g++", f"-print-file-name={name}"]
+        return subprocess.run(found, capture_output=True, text=True, check=True).stdout.strip()
+
+    variables = {
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "FASTRESNET_EMULATOR_SANITIZE": "1",
+    }
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | variables | environment,
+    )
+
+
+class Count(NamedTuple):
+    """What was loaded from global memory, or stored to it."""
+
+    bytes: int  # that threads asked for
+    transactions: int  # 32-byte sectors, counted once for each instruction of a warp
+    sectors: int  # 32-byte sectors, counted once a launch: what an endless cache passes on
+
+
+class Traffic(NamedTuple):
+    """What the launches of one run moved."""
+
+    loaded: Count
+    stored: Count
 
 
 @dataclass(frozen=True)
@@ -84,8 +128,6 @@ class Emulator:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         library.emulator_error.restype = ctypes.c_char_p
-        library.emulator_bytes_loaded.restype = ctypes.c_int64
-        library.emulator_bytes_stored.restype = ctypes.c_int64
         self.schedule = Schedule()
         self.skipped_barrier = 0
         self.skip_memset = False
@@ -113,14 +155,11 @@ class Emulator:
         return result
 
     @property
-    def bytes_loaded(self) -> int:
-        """Bytes that the last run loaded from global memory."""
-        return self.library.emulator_bytes_loaded()
-
-    @property
-    def bytes_stored(self) -> int:
-        """Bytes that the last run stored to global memory."""
-        return self.library.emulator_bytes_stored()
+    def traffic(self) -> Traffic:
+        """What the last run moved between kernels and global memory."""
+        counts = (ctypes.c_int64 * 6)()
+        self.library.emulator_traffic(counts)
+        return Traffic(Count(*counts[:3]), Count(*counts[3:]))
 
     def barriers(self) -> list[int]:
         """Source lines of the barriers that kernels have met so far."""
@@ -163,6 +202,22 @@ class Norm:
         return [self.mean, self.var, self.weight, self.bias]
 
 
+class PlantedKernels(Emulator):
+    """The kernels of planted.cpp, right ones and such with a mistake."""
+
+    def run_case(self, name: str, schedules: Sequence[Schedule]) -> None:
+        """Runs a kernel under every schedule; raises :class:`EmulatorError` where it is noticed."""
+        self.library.planted_name.restype = ctypes.c_char_p
+        names = map(self.library.planted_name, itertools.count())
+        index = [text.decode() for text in itertools.takewhile(bool, names)].index(name)
+        for schedule in schedules:
+            self.schedule = schedule
+            out, ticket = unwritten((4,), torch.float32), torch.zeros(1, dtype=torch.int32)
+            self.run("planted_run", [index, out, ticket])
+            if out[0] != (4.0 if name.startswith("ticket") else 64.0):
+                raise EmulatorError(f"wrong result {out.tolist()}")
+
+
 class BatchNormKernels(Emulator):
     """csrc/cuda/bn_act.cuh on [rows, C] tensors, as on a device of so many multiprocessors."""
 
@@ -198,6 +253,7 @@ class BatchNormKernels(Emulator):
         residual: Tensor | None,
         residual_norm: Norm | None,
         training: bool,
+        shortcut_grad: Tensor | None = None,
     ) -> dict[str, Tensor | None]:
         rows, channels = x.shape
         dual = residual_norm is not None
@@ -208,11 +264,13 @@ class BatchNormKernels(Emulator):
             "dbias": unwritten((channels,), torch.float32),
             "dresidual_weight": unwritten((channels,), torch.float32) if dual else None,
         }
+        masked_grad = unwritten(x.shape, x.dtype) if dual else None
         sums = unwritten((2 * channels,), torch.float32)
         norms = self._norms(norm, residual if dual else None, residual_norm)
         dtype, epilogue, *sizes = self._shape(x, form)
-        arguments = [dtype, epilogue, training, *sizes, grad, mask, x, *norms, *outputs.values()]
-        self.run("bn_backward", [*arguments, sums, self._workspace(rows, channels)])
+        gradients = [grad, shortcut_grad, mask]
+        arguments = [dtype, epilogue, training, *sizes, *gradients, x, *norms, *outputs.values()]
+        self.run("bn_backward", [*arguments, masked_grad, sums, self._workspace(rows, channels)])
         return outputs
 
     def _shape(self, x: Tensor, form: str | None = None) -> list[int]:
@@ -221,7 +279,7 @@ class BatchNormKernels(Emulator):
 
     def _workspace(self, rows: int, channels: int) -> Tensor:
         size = self.run(
-            "bn_workspace_bytes", [rows, channels, self.multiprocessors], ctypes.c_int64
+            "bn_workspace", [rows, channels, self.multiprocessors], ctypes.c_int64
         )
         return unwritten((size,), torch.uint8)
 

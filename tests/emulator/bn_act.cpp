@@ -18,8 +18,8 @@ Normalisation normalisation(float* const* vectors, float eps) {
 
 extern "C" {
 
-int64_t bn_workspace_bytes(int64_t rows, int64_t channels, int multiprocessors) {
-  return workspace_bytes(rows, channels, queue_of(multiprocessors));
+int64_t bn_workspace(int64_t rows, int64_t channels, int multiprocessors) {
+  return bn_workspace_bytes(rows, channels, queue_of(multiprocessors));
 }
 
 void bn_stats(DType dtype, int64_t rows, int64_t channels, int multiprocessors, const void* x,
@@ -44,16 +44,19 @@ void bn_forward(DType dtype, Epilogue epilogue, int64_t rows, int64_t channels, 
 }
 
 void bn_backward(DType dtype, Epilogue epilogue, bool training, int64_t rows, int64_t channels,
-                 int multiprocessors, const void* grad, const uint8_t* mask, const void* x,
-                 float* const* norm, float eps, const void* residual, float* const* residual_norm,
-                 float residual_eps, void* dx, void* dresidual, float* dweight, float* dbias,
-                 float* dresidual_weight, float* sums, void* workspace) {
+                 int multiprocessors, const void* grad, const void* shortcut_grad,
+                 const uint8_t* mask, const void* x, float* const* norm, float eps,
+                 const void* residual, float* const* residual_norm, float residual_eps, void* dx,
+                 void* dresidual, float* dweight, float* dbias, float* dresidual_weight,
+                 void* masked_grad, float* sums, void* workspace) {
   const BackwardParams p{.grad = grad,
+                         .shortcut_grad = shortcut_grad,
                          .mask = mask,
                          .x = x,
                          .norm = normalisation(norm, eps),
                          .residual = residual,
                          .residual_norm = normalisation(residual_norm, residual_eps),
+                         .masked_grad = epilogue == Epilogue::add_relu ? dresidual : masked_grad,
                          .dx = dx,
                          .dresidual = dresidual,
                          .dweight = dweight,

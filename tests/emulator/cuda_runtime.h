@@ -4,6 +4,7 @@
 // the arithmetic of half and bfloat16 are the toolkit's own.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <source_location>
 #include <utility>
@@ -27,44 +28,70 @@
 // thread's thread-local memory when it goes from block to block.
 #define __shared__ static thread_local
 
+// Where in the source a device function was called.
+#define EMULATOR_SITE std::source_location site = std::source_location::current()
+
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
-inline void __syncthreads(std::source_location site = std::source_location::current()) {
-  emulator::barrier(site);
-}
+inline void __syncthreads(EMULATOR_SITE) { emulator::barrier(site); }
 // Memory is sequentially consistent here, so a fence has nothing to do.
 inline void __threadfence() {}
 
+// ---- Global memory.
+
 template <typename T>
-T __ldg(const T* p) {
-  emulator::access(p, sizeof(T), emulator::Access::load);
+T __ldg(const T* p, EMULATOR_SITE) {
+  emulator::access(p, sizeof(T), emulator::Access::load, site);
   return *p;
 }
 template <typename T>
-T __ldcg(const T* p) {
-  return __ldg(p);
+T __ldcg(const T* p, EMULATOR_SITE) {
+  emulator::look(p);
+  return __ldg(p, site);
 }
 template <typename T>
-void __stwb(T* p, T value) {
-  emulator::access(p, sizeof(T), emulator::Access::store);
+void __stwb(T* p, T value, EMULATOR_SITE) {
+  emulator::access(p, sizeof(T), emulator::Access::store, site);
   *p = value;
 }
 
-inline unsigned atomicAdd(unsigned* p, unsigned value) {
-  emulator::access(p, sizeof(unsigned), emulator::Access::store);
-  const unsigned before = *p;
-  *p = before + value;
-  return before + emulator::faults().ticket_error;
+// Reads *p, stores update(*p) and returns what was read, all at once.
+template <typename T, typename Update>
+T emulated_atomic(T* p, Update update, const std::source_location& site) {
+  emulator::look(p);
+  emulator::access(p, sizeof(T), emulator::Access::store, site);
+  const T before = *p;
+  *p = update(before);
+  return before;
+}
+template <typename T>
+T atomicAdd(T* p, T value, EMULATOR_SITE) {
+  const T before = emulated_atomic(p, [&](T old) { return old + value; }, site);
+  return before + static_cast<T>(emulator::faults().ticket_error);
+}
+template <typename T>
+T atomicMax(T* p, T value, EMULATOR_SITE) {
+  return emulated_atomic(p, [&](T old) { return std::max(old, value); }, site);
+}
+template <typename T>
+T atomicExch(T* p, T value, EMULATOR_SITE) {
+  return emulated_atomic(p, [&](T) { return value; }, site);
+}
+template <typename T>
+T atomicCAS(T* p, T expected, T value, EMULATOR_SITE) {
+  return emulated_atomic(p, [&](T old) { return old == expected ? value : old; }, site);
 }
 
+// ---- Warps.
+
+// The value of lane `source`, or the own one where there is no such lane.
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
+T emulated_shuffle(unsigned mask, T value, int source) {
   struct Arguments {
     T value, result;
     int source;
   };
-  const int source = emulator::lane() + static_cast<int>(delta);
   Arguments arguments{value, value, source};
   emulator::warp_collective(
       [](void* const* lanes) {
@@ -80,15 +107,65 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
       &arguments, mask);
   return arguments.result;
 }
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source) {
+  return emulated_shuffle(mask, value, source & 31);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
+  return emulated_shuffle(mask, value, emulator::lane() + static_cast<int>(delta));
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int bits) {
+  return emulated_shuffle(mask, value, emulator::lane() ^ bits);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  struct Arguments {
+    int predicate;
+    unsigned result;
+  };
+  Arguments arguments{predicate, 0};
+  emulator::warp_collective(
+      [](void* const* lanes) {
+        unsigned votes = 0;
+        for (int i = 0; i < 32; ++i)
+          if (lanes[i] && static_cast<Arguments*>(lanes[i])->predicate) votes |= 1u << i;
+        for (int i = 0; i < 32; ++i)
+          if (lanes[i]) static_cast<Arguments*>(lanes[i])->result = votes;
+      },
+      &arguments, mask);
+  return arguments.result;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  char nothing;
+  emulator::warp_collective([](void* const*) {}, &nothing, mask);
+}
+
+// ---- The host's side.
 
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   if (!emulator::faults().no_memset) std::memset(p, value, bytes);
   return cudaSuccess;
 }
 
+template <typename... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute,
+                                 int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
+      static_cast<size_t>(value) > emulator::kLargestSharedLimit)
+    return cudaErrorInvalidValue;
+  emulator::dynamic_shared_limit(reinterpret_cast<const void*>(kernel)) = value;
+  return cudaSuccess;
+}
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  emulator::launch(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
+  emulator::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                   emulator::dynamic_shared_limit(reinterpret_cast<const void*>(kernel)),
+                   [&] { kernel(arguments...); });
   return cudaSuccess;
 }

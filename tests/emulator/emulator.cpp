@@ -9,11 +9,13 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <algorithm>
+#include <array>
 #include <csetjmp>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -23,6 +25,11 @@
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "memory.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 namespace emulator {
 namespace {
@@ -30,8 +37,17 @@ namespace {
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kGuardBytes = 4096;
 constexpr int kWarp = 32;
+// After so many looks in a row a thread lets others run at each; after so many more it is stuck.
+constexpr int kPatience = 64;
+constexpr int kLivelock = 2000;
 
 struct Block;
+
+struct Copy {
+  void* shared;
+  const void* global;
+  size_t bytes;
+};
 
 enum class State { ready, at_barrier, at_collective, done };
 
@@ -47,6 +63,11 @@ struct Fiber {
   Collective collective = nullptr;
   void* arguments = nullptr;
   unsigned mask = 0;
+  const volatile void* looked_at = nullptr;
+  int looks = 0;                                      // at that address, one after another
+  std::vector<Copy> open_copies;                      // of no group yet
+  std::vector<std::vector<Copy>> copy_groups;         // not yet performed, oldest first
+  std::vector<std::pair<uint32_t, uint32_t>> visits;  // place in the source, accesses made there
 };
 
 struct Block {
@@ -54,11 +75,9 @@ struct Block {
   std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch, with their stacks
   std::span<std::unique_ptr<Fiber>> threads;   // those in use
   std::vector<char> shared;                    // its shared memory while another block runs
+  std::vector<std::array<char, 16>> dynamic_shared;
+  std::vector<Request> requests;
   int waiting = 0, done = 0;
-};
-
-struct Range {
-  uintptr_t begin, end;
 };
 
 struct Schedule {
@@ -71,13 +90,14 @@ struct Schedule {
 Schedule schedule;
 Faults planted;
 std::mt19937_64 random_source;
-std::vector<Range> declared;
-int64_t bytes_loaded, bytes_stored;
+GlobalMemory memory;
+std::map<const void*, size_t> dynamic_limits;
 std::set<unsigned> barrier_lines;
 unsigned skipped_barrier;
 std::string error;
 
 const std::function<void()>* kernel;
+size_t dynamic_bytes;  // of the kernel
 std::vector<std::unique_ptr<Block>> pool;
 Block* current_block;
 Fiber* current;
@@ -85,8 +105,35 @@ std::jmp_buf scheduler;
 
 // ---- Fibers. Entered through ucontext once, then switched by longjmp, which makes no system call.
 
+// AddressSanitizer has to know on which stack the program is.
+struct Stack {
+  const void* bottom = nullptr;
+  size_t size = 0;
+};
+Stack scheduler_stack;
+
+void leave_for([[maybe_unused]] const Stack& stack) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(nullptr, stack.bottom, stack.size);
+#endif
+}
+
+Stack arrived() {
+  Stack left;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &left.bottom, &left.size);
+#endif
+  return left;
+}
+
+[[noreturn]] void leave_fiber() {
+  leave_for(scheduler_stack);
+  _longjmp(scheduler, 1);
+}
+
 [[gnu::noinline]] void to_scheduler() {
-  if (_setjmp(current->resume) == 0) _longjmp(scheduler, 1);
+  if (_setjmp(current->resume) == 0) leave_fiber();
+  scheduler_stack = arrived();
 }
 
 void finish_thread() {
@@ -94,6 +141,8 @@ void finish_thread() {
   current->state = State::done;
   ++block.done;
   if (block.waiting > 0) fail("a thread exits while others wait at a barrier");
+  if (!current->open_copies.empty() || !current->copy_groups.empty())
+    fail("a thread exits with copies that it has not waited for");
   for (const auto& other : block.threads)
     if (other->state == State::at_collective && other->index / kWarp == current->index / kWarp &&
         (other->mask >> (current->index % kWarp) & 1))
@@ -101,6 +150,7 @@ void finish_thread() {
 }
 
 void fiber_main() {
+  scheduler_stack = arrived();
   for (;;) {
     (*kernel)();
     finish_thread();
@@ -112,7 +162,11 @@ void fiber_main() {
   current = &fiber;
   const unsigned width = blockDim.x, plane = blockDim.x * blockDim.y, index = fiber.index;
   threadIdx = {index % width, index / width % blockDim.y, index / plane};
-  if (_setjmp(scheduler) != 0) return;
+  if (_setjmp(scheduler) != 0) {
+    arrived();
+    return;
+  }
+  if (fiber.memory != nullptr) leave_for({fiber.memory + kGuardBytes, kStackBytes});
   if (fiber.started) _longjmp(fiber.resume, 1);
   fiber.started = true;
   if (fiber.memory == nullptr) {
@@ -121,6 +175,7 @@ void fiber_main() {
     if (memory == MAP_FAILED) std::abort();
     mprotect(memory, kGuardBytes, PROT_NONE);
     fiber.memory = static_cast<char*>(memory);
+    leave_for({fiber.memory + kGuardBytes, kStackBytes});
   }
   static ucontext_t context;
   getcontext(&context);
@@ -198,6 +253,9 @@ void start(Block& block, int64_t linear, int threads) {
   block.waiting = block.done = 0;
   // All bits set: NaN to whoever reads what nobody has written.
   block.shared.assign(find_shared_memory().size, static_cast<char>(0xff));
+  std::array<char, 16> unwritten;
+  unwritten.fill(static_cast<char>(0xff));
+  block.dynamic_shared.assign((dynamic_bytes + 15) / 16, unwritten);
   if (block.fibers.size() < static_cast<size_t>(threads)) block.fibers.resize(threads);
   block.threads = std::span(block.fibers).first(threads);
   for (int i = 0; i < threads; ++i) {
@@ -207,26 +265,51 @@ void start(Block& block, int64_t linear, int threads) {
     fiber->held = false;
     fiber->block = &block;
     fiber->index = i;
+    fiber->looked_at = nullptr;
+    fiber->looks = 0;
+    fiber->open_copies.clear();
+    fiber->copy_groups.clear();
+    fiber->visits.clear();
   }
   // A new kernel in this block's place must not meet the memory of the last one.
   if (current_block == &block) current_block = nullptr;
 }
 
-// Runs each thread of the block that can run up to where it waits. Whether any could.
-bool run_round(Block& block) {
-  bool ran = false;
+enum class Round { stuck, looked, ran };
+
+// Runs each thread of the block that can run up to where it waits. Whether any could, and whether
+// it did more than look. Unless all goes in order, every other warp sits a round out, so that warps
+// get ahead of one another between barriers.
+Round run_round(Block& block) {
+  Round round = Round::stuck;
   std::vector<int> order(block.threads.size());
   std::iota(order.begin(), order.end(), 0);
   shuffle(order);
   enter(block);
+  const uint64_t sitting_out = schedule.seed == 0 ? 0 : random_source();
   for (int i : order) {
     Fiber& fiber = *block.threads[i];
     if (fiber.state != State::ready || fiber.held) continue;
+    if (sitting_out >> (i / kWarp) & 1) {
+      round = std::max(round, Round::looked);
+      continue;
+    }
     run(fiber);
-    ran = true;
-    if (!error.empty()) return true;
+    const bool looks = fiber.state == State::ready && fiber.looks > kPatience;
+    round = std::max(round, looks ? Round::looked : Round::ran);
+    if (!error.empty()) break;
   }
-  return ran;
+  return round;
+}
+
+// What the kernel has written of its library's static shared memory, at least.
+void finish(Block& block) {
+  memory.finish_block(block.requests);
+  enter(block);
+  const Segment segment = find_shared_memory();
+  const size_t used = segment.size - std::count(segment.begin, segment.begin + segment.size,
+                                                static_cast<char>(0xff));
+  if (used > kSharedLimit) error = "a kernel with more static shared memory than a device accepts";
 }
 
 // Lets one of the threads that were held back go on, if there is any.
@@ -254,12 +337,13 @@ void run_blocks(int threads) {
     active.push_back(pool[i].get());
   }
   while (!active.empty()) {
-    bool ran = false;
+    Round round = Round::stuck;
     shuffle(active);
     for (Block*& block : active) {
-      ran |= run_round(*block);
+      round = std::max(round, run_round(*block));
       if (!error.empty()) return;
       if (block->done == threads) {
+        finish(*block);
         if (next < order.size())
           start(*block, order[next++], threads);
         else
@@ -267,7 +351,8 @@ void run_blocks(int threads) {
       }
     }
     std::erase(active, nullptr);
-    if (!ran && !active.empty() && !release_held(active)) {
+    if (round == Round::ran || active.empty() || release_held(active)) continue;
+    if (round == Round::stuck) {
       error = "deadlock: no thread can run";
       return;
     }
@@ -276,7 +361,8 @@ void run_blocks(int threads) {
 
 }  // namespace
 
-void launch(dim3 grid, dim3 block, const std::function<void()>& body) {
+void launch(dim3 grid, dim3 block, size_t dynamic, size_t dynamic_limit,
+            const std::function<void()>& body) {
   if (!error.empty()) return;
   const int64_t threads = int64_t{block.x} * block.y * block.z;
   if (threads < 1 || threads > 1024 || grid.x < 1 || grid.x > 0x7fffffffu || grid.y < 1 ||
@@ -284,6 +370,12 @@ void launch(dim3 grid, dim3 block, const std::function<void()>& body) {
     error = "a launch that no device accepts";
     return;
   }
+  if (dynamic > dynamic_limit) {
+    error = "more dynamic shared memory than the kernel may have";
+    return;
+  }
+  dynamic_bytes = dynamic;
+  memory.begin_launch();
   gridDim = grid;
   blockDim = block;
   kernel = &body;
@@ -339,14 +431,51 @@ void warp_collective(Collective perform, void* arguments, unsigned mask) {
     if (mask >> i & 1) block.threads[first + i]->state = State::ready;
 }
 
-void access(const volatile void* address, size_t bytes, Access kind) {
+size_t& dynamic_shared_limit(const void* kernel) {
+  return dynamic_limits.try_emplace(kernel, kSharedLimit).first->second;
+}
+
+void* dynamic_shared() { return current->block->dynamic_shared.data(); }
+
+void look(const volatile void* address) {
+  current->looks = address == current->looked_at ? current->looks + 1 : 0;
+  current->looked_at = address;
+  if (current->looks > kLivelock) fail("livelock: a thread waits for what never happens");
+  if (current->looks > kPatience) to_scheduler();
+}
+
+void copy_later(void* shared, const void* global, size_t bytes) {
+  // Whoever reads it too early finds NaN, not what was there.
+  std::memset(shared, 0xff, bytes);
+  current->open_copies.push_back({shared, global, bytes});
+}
+
+void close_copy_group() {
+  current->copy_groups.push_back(std::move(current->open_copies));
+  current->open_copies.clear();
+}
+
+void wait_for_copies(int groups_left) {
+  auto& groups = current->copy_groups;
+  while (static_cast<int>(groups.size()) > groups_left) {
+    for (const Copy& copy : groups.front()) std::memcpy(copy.shared, copy.global, copy.bytes);
+    groups.erase(groups.begin());
+  }
+}
+
+void access(const volatile void* address, size_t bytes, Access kind,
+            const std::source_location& site) {
   const auto begin = reinterpret_cast<uintptr_t>(address);
-  const char* name = kind == Access::load ? "load" : "store";
-  if (begin % bytes != 0) fail("misaligned %s of %zu bytes", name, bytes);
-  bool inside = false;
-  for (const Range& range : declared) inside |= begin >= range.begin && begin + bytes <= range.end;
-  if (!inside) fail("%s of %zu bytes outside of every tensor", name, bytes);
-  (kind == Access::load ? bytes_loaded : bytes_stored) += static_cast<int64_t>(bytes);
+  if (const char* wrong = memory.access(begin, bytes, kind)) {
+    fail("%s %s of %zu bytes", wrong, kind == Access::load ? "load" : "store", bytes);
+  }
+  const uint32_t place = site.line() << 12 | (site.column() & 0xfff);
+  auto visit = std::find_if(current->visits.begin(), current->visits.end(),
+                            [&](const auto& known) { return known.first == place; });
+  if (visit == current->visits.end()) visit = current->visits.insert(visit, {place, 0});
+  const uint64_t turn = visit->second++, warp = current->index / kWarp;
+  current->block->requests.push_back(
+      {uint64_t{place} << 32 | turn << 5 | warp, begin / kSectorBytes, kind});
   if (kind == Access::store) overtake();
 }
 
@@ -361,7 +490,7 @@ void fail(const char* format, ...) {
   std::snprintf(where, sizeof(where), " (block %u,%u thread %u,%u)", blockIdx.x, blockIdx.y,
                 threadIdx.x, threadIdx.y);
   error = std::string(text) + where;
-  _longjmp(scheduler, 1);
+  leave_fiber();
 }
 
 }  // namespace emulator
@@ -372,8 +501,7 @@ extern "C" {
 
 // Forgets the memory, counts, faults and error of the last run.
 void emulator_reset() {
-  emulator::declared.clear();
-  emulator::bytes_loaded = emulator::bytes_stored = 0;
+  emulator::memory.forget();
   emulator::planted = {};
   emulator::skipped_barrier = 0;
   emulator::error.clear();
@@ -385,8 +513,7 @@ void emulator_schedule(uint64_t seed, int resident_blocks, int hold_permille) {
 }
 
 void emulator_declare(const void* address, int64_t bytes) {
-  const auto begin = reinterpret_cast<uintptr_t>(address);
-  emulator::declared.push_back({begin, begin + bytes});
+  emulator::memory.declare(address, bytes);
 }
 
 void emulator_skip_barrier(unsigned line) { emulator::skipped_barrier = line; }
@@ -401,7 +528,15 @@ int emulator_barriers(unsigned* lines, int capacity) {
   return n;
 }
 
-int64_t emulator_bytes_loaded() { return emulator::bytes_loaded; }
-int64_t emulator_bytes_stored() { return emulator::bytes_stored; }
+// Six numbers: bytes, transactions and sectors loaded, then stored, since the last reset.
+void emulator_traffic(int64_t* counts) {
+  const auto& traffic = emulator::memory.traffic();
+  for (const auto& count : {traffic.loaded, traffic.stored}) {
+    *counts++ = count.bytes;
+    *counts++ = count.transactions;
+    *counts++ = count.sectors;
+  }
+}
+
 const char* emulator_error() { return emulator::error.c_str(); }
 }

@@ -10,10 +10,14 @@
 
 #include <vector_types.h>
 
+#include "memory.h"
+
 namespace emulator {
 
 // Runs `body` once for every thread of every block. An error stops it; see emulator_error().
-void launch(dim3 grid, dim3 block, const std::function<void()>& body);
+// `dynamic_bytes` of shared memory are asked for, `dynamic_limit` permitted for this kernel.
+void launch(dim3 grid, dim3 block, size_t dynamic_bytes, size_t dynamic_limit,
+            const std::function<void()>& body);
 
 // Waits for every thread of the block.
 void barrier(const std::source_location& site);
@@ -24,10 +28,25 @@ using Collective = void (*)(void* const* lanes);
 void warp_collective(Collective perform, void* arguments, unsigned mask);
 int lane();
 
-enum class Access { load, store };
 // Every access to global memory: counted, and an error where it is misaligned or outside memory
 // that the test declared. Before a store, other threads may overtake this one.
-void access(const volatile void* address, size_t bytes, Access kind);
+void access(const volatile void* address, size_t bytes, Access kind,
+            const std::source_location& site);
+// A look at what other threads may change. Who looks at one address again and again lets them run;
+// if that never ends, it is a livelock.
+void look(const volatile void* address);
+
+// The block's dynamic shared memory.
+void* dynamic_shared();
+constexpr size_t kSharedLimit = 48 * 1024;          // of every kernel
+constexpr size_t kLargestSharedLimit = 227 * 1024;  // of one that asks for it, on sm_90 and sm_100
+// What cudaFuncSetAttribute allowed a kernel, kSharedLimit at first.
+size_t& dynamic_shared_limit(const void* kernel);
+
+// A copy to shared memory that is performed when it is waited for, and not before.
+void copy_later(void* shared, const void* global, size_t bytes);
+void close_copy_group();
+void wait_for_copies(int groups_left);
 
 // What is to go wrong in the next launches, so that a test can see that it notices.
 struct Faults {

@@ -3,6 +3,7 @@
 // wrong on purpose and are never compiled for a device.
 #include <iterator>
 
+#include "cuda_pipeline.h"
 #include "cuda_runtime.h"
 
 namespace {
@@ -11,6 +12,8 @@ struct Case {
   const char* name;
   dim3 grid;
   void (*kernel)(float* out, unsigned* ticket);
+  size_t dynamic_bytes = 0;
+  int permitted_bytes = 0;  // of dynamic shared memory, where it asks for more than is usual
 };
 
 __device__ void sum_of_block(float* out, bool wait) {
@@ -66,6 +69,142 @@ void ticket_without_barrier(float* out, unsigned* ticket) {
   __stwb(out, sum);
 }
 
+// ---- Atomics, and waiting for other blocks.
+
+// out[0] = 64: one for each thread of the block that comes last.
+void count_atomically(float* out, unsigned*) {
+  if (threadIdx.x == 0) atomicExch(out, 0.0f);
+  __syncthreads();
+  atomicAdd(out, 1.0f);
+}
+void lost_update(float* out, unsigned*) {
+  if (threadIdx.x == 0) __stwb(out, 0.0f);
+  __syncthreads();
+  __stwb(out, __ldcg(out) + 1.0f);
+}
+
+// Every block adds its share to what is behind a lock.
+void locked(float* out, unsigned* lock, bool unlock) {
+  if (threadIdx.x != 0) return;
+  while (atomicCAS(lock, 0u, 1u) != 0u) {
+  }
+  const float sum = __ldcg(out);
+  __stwb(out, (sum == sum ? sum : 0.0f) + 16.0f);
+  if (unlock) atomicExch(lock, 0u);
+}
+void lock(float* out, unsigned* ticket) { locked(out, ticket, true); }
+void lock_never_released(float* out, unsigned* ticket) { locked(out, ticket, false); }
+
+// A barrier of the whole grid. It needs all blocks to be resident at once.
+void wait_for_the_grid(float* out, unsigned* ticket) {
+  if (threadIdx.x != 0) return;
+  __stwb(out + blockIdx.y, 16.0f);
+  atomicAdd(ticket, 1u);
+  while (__ldcg(ticket) < gridDim.y) {
+  }
+  if (blockIdx.y != 0) return;
+  float sum = 0.0f;
+  for (unsigned i = 0; i < gridDim.y; ++i) sum += __ldcg(out + i);
+  __stwb(out, sum);
+}
+void wait_for_a_block_too_many(float*, unsigned* ticket) {
+  if (threadIdx.x != 0) return;
+  atomicAdd(ticket, 1u);
+  while (__ldcg(ticket) <= gridDim.y) {
+  }
+}
+
+// ---- Votes.
+
+void vote(float* out, unsigned*) {
+  const unsigned odd = __ballot_sync(0xffffffffu, threadIdx.x & 1);
+  const bool right = odd == 0xaaaaaaaau &&
+                     __any_sync(0xffffffffu, threadIdx.x == 40) == (threadIdx.x >= 32) &&
+                     __all_sync(0xffffffffu, threadIdx.x < 32) == (threadIdx.x < 32) &&
+                     __shfl_xor_sync(0xffffffffu, threadIdx.x, 3) == (threadIdx.x ^ 3) &&
+                     __shfl_sync(0xffffffffu, threadIdx.x % 32, 9) == 9;
+  __syncwarp();
+  __stwb(out + threadIdx.x / 32, right ? 64.0f : 0.0f);
+}
+void vote_of_a_branch(float*, unsigned*) {
+  if (threadIdx.x % 2 == 0) __ballot_sync(0xffffffffu, 1);
+  __syncthreads();
+}
+void vote_against_shuffle(float*, unsigned*) {
+  if (threadIdx.x % 2 == 0)
+    __ballot_sync(0xffffffffu, 1);
+  else
+    __shfl_xor_sync(0xffffffffu, 1, 1);
+}
+
+// ---- Dynamic shared memory, and how much there may be.
+
+void sum_of_dynamic(float* out, unsigned*) {
+  auto* values = static_cast<float*>(emulator::dynamic_shared());
+  values[threadIdx.x] = 1.0f;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  float sum = 0.0f;
+  for (int i = 0; i < 64; ++i) sum += values[i];
+  __stwb(out, sum);
+}
+void large_static(float* out, unsigned*) {
+  __shared__ float values[49 * 256];
+  for (unsigned i = threadIdx.x; i < std::size(values); i += blockDim.x) values[i] = 0.0f;
+  __syncthreads();
+  if (threadIdx.x == 0) __stwb(out, values[0] + 64.0f);
+}
+
+// ---- What only a build with sanitizers notices.
+
+void past_dynamic(float* out, unsigned*) {
+  auto* values = static_cast<volatile float*>(emulator::dynamic_shared());
+  values[threadIdx.x + 4] = 1.0f;
+  __stwb(out, 64.0f);
+}
+void past_static(float* out, unsigned*) {
+  __shared__ float values[64];
+  const volatile unsigned next = threadIdx.x + 1;
+  values[next] = 64.0f;
+  __stwb(out, values[1]);
+}
+void overflow(float* out, unsigned*) {
+  const volatile int large = 0x7fffffff;
+  __stwb(out, large + static_cast<int>(threadIdx.x) ? 64.0f : 0.0f);
+}
+
+// ---- Copies that run while the thread goes on.
+
+enum class CopyMistake { none, no_wait, one_group_too_few, no_barrier, never_waits };
+
+// Shared memory gets out[0..3] in two groups of copies; each thread reads what another has copied.
+__device__ void copy(float* out, CopyMistake mistake) {
+  alignas(16) __shared__ float values[64];
+  if (threadIdx.x < 4) __stwb(out + threadIdx.x, 16.0f);
+  __syncthreads();
+  if (threadIdx.x < 2) __pipeline_memcpy_async(values + threadIdx.x, out + threadIdx.x, 4);
+  __pipeline_commit();
+  if (threadIdx.x < 2) __pipeline_memcpy_async(values + 2 + threadIdx.x, out + threadIdx.x, 4);
+  __pipeline_commit();
+  if (mistake == CopyMistake::never_waits) return;
+  if (mistake != CopyMistake::no_wait)
+    __pipeline_wait_prior(mistake == CopyMistake::one_group_too_few ? 1 : 0);
+  if (mistake != CopyMistake::no_barrier) __syncthreads();
+  const float sum = values[0] + values[1] + values[2] + values[3];
+  __pipeline_wait_prior(0);
+  __syncthreads();
+  if (threadIdx.x == 63) __stwb(out, sum);
+}
+void copy_and_wait(float* out, unsigned*) { copy(out, CopyMistake::none); }
+void copy_without_wait(float* out, unsigned*) { copy(out, CopyMistake::no_wait); }
+void copy_waits_too_little(float* out, unsigned*) { copy(out, CopyMistake::one_group_too_few); }
+void copy_without_barrier(float* out, unsigned*) { copy(out, CopyMistake::no_barrier); }
+void copy_never_waited_for(float* out, unsigned*) { copy(out, CopyMistake::never_waits); }
+void misaligned_copy(float* out, unsigned*) {
+  alignas(16) __shared__ float values[8];
+  if (threadIdx.x == 0) __pipeline_memcpy_async(values + 1, out, 16);
+}
+
 constexpr Case kCases[] = {
     {"correct", dim3(1, 4), correct},
     {"missing_barrier", dim3(1, 4), missing_barrier},
@@ -79,6 +218,29 @@ constexpr Case kCases[] = {
     {"shuffle_outside_mask", dim3(1), shuffle_outside_mask},
     {"ticket_without_barrier", dim3(1, 4), ticket_without_barrier},
     {"empty_grid", dim3(0), correct},
+    {"count_atomically", dim3(1), count_atomically},
+    {"lost_update", dim3(1), lost_update},
+    {"lock", dim3(1, 4), lock},
+    {"lock_never_released", dim3(1, 4), lock_never_released},
+    {"wait_for_the_grid", dim3(1, 4), wait_for_the_grid},
+    {"wait_for_a_block_too_many", dim3(1, 4), wait_for_a_block_too_many},
+    {"vote", dim3(1), vote},
+    {"vote_of_a_branch", dim3(1), vote_of_a_branch},
+    {"vote_against_shuffle", dim3(1), vote_against_shuffle},
+    {"dynamic", dim3(1, 4), sum_of_dynamic, 256},
+    {"large_dynamic", dim3(1, 4), sum_of_dynamic, 100 * 1024, 100 * 1024},
+    {"too_large_dynamic", dim3(1), correct, 49 * 1024},
+    {"too_large_permitted_dynamic", dim3(1), vote, 228 * 1024, 228 * 1024},
+    {"too_large_static", dim3(1), large_static},
+    {"past_dynamic", dim3(1), past_dynamic, 256},
+    {"past_static", dim3(1), past_static},
+    {"overflow", dim3(1), overflow},
+    {"copy_and_wait", dim3(1), copy_and_wait},
+    {"copy_without_wait", dim3(1), copy_without_wait},
+    {"copy_waits_too_little", dim3(1), copy_waits_too_little},
+    {"copy_without_barrier", dim3(1), copy_without_barrier},
+    {"copy_never_waited_for", dim3(1), copy_never_waited_for},
+    {"misaligned_copy", dim3(1), misaligned_copy},
 };
 
 }  // namespace
@@ -94,6 +256,10 @@ void planted_run(int index, float* out, unsigned* ticket) {
   cudaLaunchConfig_t config{};
   config.gridDim = kCases[index].grid;
   config.blockDim = dim3(64);
+  config.dynamicSmemBytes = kCases[index].dynamic_bytes;
+  if (kCases[index].permitted_bytes > 0)
+    cudaFuncSetAttribute(kCases[index].kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         kCases[index].permitted_bytes);
   cudaLaunchKernelEx(&config, kCases[index].kernel, out, ticket);
 }
 }
