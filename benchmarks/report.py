@@ -30,11 +30,15 @@ SUITES = {
         "blocks; lower is better. The floor is the longer of multiplying and moving the same, at "
         "the speeds that torch.mm and a copy or sum of a large tensor reached in the same run."
     ),
+    "data": (
+        "Loaders: JPEG files to augmented batches of 512 px, and 50,000 images of 32 px in memory, "
+        "on two threads or processes; higher is better. DALI on the CPU."
+    ),
     "train_scaling": "How a training step grows with network, batch, side and threads.",
     "operators": "Each fused operator, forward and backward; higher is better.",
 }
-IN_README = ("train_step", "train_memory", "conv_layers")
-PLOTTED = IN_README
+IN_README = ("train_step", "train_memory", "conv_layers", "data")
+PLOTTED = ("train_step", "train_memory", "conv_layers")
 PAGE_INTRODUCTION = (
     "Written by `benchmarks/report.py` from the measurements in `benchmarks/results/`: the latest "
     "of each case on each machine, losing rows included. Speeds: providers run in turn in one "

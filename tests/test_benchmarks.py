@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import bench_conv_layers
+import bench_data
 import bench_train_memory
 import bench_train_step
 import harness
@@ -329,3 +330,31 @@ def test_context_computes_the_convolution_only() -> None:
     alone, whole = TorchConvolution(link), Torch(link)
     assert torch.equal(alone.forward(), whole.forward()[0])
     assert alone.backward_results() == {}
+
+
+@pytest.mark.parametrize("case", ["files", "memory"])
+def test_loaders_are_given_the_same_work(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"SIZE": 32, "BATCH": 2, "FILES": 4, "REPEATS": 1, "SMALL_BATCH": 8}.items():
+        monkeypatch.setattr(bench_data, name, value)
+    if case == "files":
+        comparison = bench_data.compare_files(bench_data.Case("tiny", 96, 64), tmp_path)
+        names = {"PIL + torchvision v2", "torchvision.io + v2", "fastresnet"}
+        assert names <= {provider.name for provider in comparison.providers}
+    else:
+        comparison = bench_data.compare_small(24)
+    assert [provider.status for provider in comparison.providers] == ["ok"] * len(
+        comparison.providers
+    )
+    rows = timed(comparison, rounds=1)
+    assert all(row.p50 > 0 for row in rows)
+    assert all(0 <= row.errors["grey levels"] < 1 for row in rows if row.role != "noise")
+
+
+def test_a_loader_whose_pixels_are_others_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_data, "SMALL_BATCH", 8)
+    comparison = bench_data.compare_small(8)
+    truth = torch.rand(8, 3, 32, 32, dtype=torch.float64)
+    bench_data.check_pixels(comparison, truth)
+    assert {provider.status.partition(":")[0] for provider in comparison.providers} == {"failed"}

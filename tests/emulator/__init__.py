@@ -278,9 +278,7 @@ class BatchNormKernels(Emulator):
         return [DTYPES[x.dtype], *epilogue, *x.shape, self.multiprocessors]
 
     def _workspace(self, rows: int, channels: int) -> Tensor:
-        size = self.run(
-            "bn_workspace", [rows, channels, self.multiprocessors], ctypes.c_int64
-        )
+        size = self.run("bn_workspace", [rows, channels, self.multiprocessors], ctypes.c_int64)
         return unwritten((size,), torch.uint8)
 
     @staticmethod
