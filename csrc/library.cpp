@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY(fastresnet, m) {
   m.def("isa() -> str");
   m.def("isa_levels() -> str[]");
   m.def("release_memory() -> int");
+  m.def("empty_images(int batch, int channels, int height, int width, ScalarType dtype) -> Tensor");
 
   m.def("bn_stats(Tensor x) -> (Tensor mean, Tensor var)");
 

@@ -9,10 +9,11 @@ grows to the most that was ever alive at once and stays.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from . import _extension
 
-__all__ = ["release_memory"]
+__all__ = ["empty_images", "release_memory"]
 
 
 def release_memory() -> int:
@@ -23,3 +24,10 @@ def release_memory() -> int:
         How many bytes were given back, at most; 0 where the library's kernels are not active.
     """
     return torch.ops.fastresnet.release_memory() if _extension.cpu_missing is None else 0
+
+
+def empty_images(batch: int, channels: int, size: tuple[int, int], *, dtype: torch.dtype) -> Tensor:
+    """Uninitialised images [batch, channels, *size] in channels_last, in the memory of results."""
+    if _extension.cpu_missing is None:
+        return torch.ops.fastresnet.empty_images(batch, channels, *size, dtype)
+    return torch.empty((batch, channels, *size), dtype=dtype, memory_format=torch.channels_last)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastresnet
 from fastresnet import ops
+from fastresnet.memory import empty_images
 
 CHANNELS = 64
 LEAST_PIXELS = (128 << 10) // (4 * CHANNELS)  # of a float32 result that is kept
@@ -94,3 +95,15 @@ def test_a_result_is_a_tensor_like_any_other(tmp_path):
     assert (abs(numpy - 5) < 1e-4).all()
     small = result(1, 1.0)
     assert small.shape == (1, CHANNELS, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_lie_in_the_memory_of_results(dtype: torch.dtype) -> None:
+    fastresnet.release_memory()
+    images = empty_images(2, 3, (256, 300), dtype=dtype)
+    assert images.shape == (2, 3, 256, 300)
+    assert images.dtype == dtype
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    address = images.data_ptr()
+    del images
+    assert empty_images(2, 3, (256, 300), dtype=dtype).data_ptr() == address

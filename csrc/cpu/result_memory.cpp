@@ -155,10 +155,16 @@ Tensor new_result(Sizes sizes, ScalarType dtype, MemoryFormat format) {
   return Tensor(handle);
 }
 
+Tensor empty_images(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                    ScalarType dtype) {
+  return new_result({batch, channels, height, width}, dtype, MemoryFormat::ChannelsLast);
+}
+
 int64_t release_memory() { return heap().trim(); }
 
 }  // namespace fastresnet::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(fastresnet, CompositeExplicitAutograd, m) {
+  m.impl("empty_images", TORCH_BOX(&fastresnet::cpu::empty_images));
   m.impl("release_memory", TORCH_BOX(&fastresnet::cpu::release_memory));
 }

@@ -21,6 +21,10 @@ inline Tensor new_result_like(const Tensor& x) {
   return new_result(x.sizes(), x.scalar_type(), MemoryFormat::ChannelsLast);
 }
 
+// Uninitialised, channels_last: for batches of images, which come and go like results.
+Tensor empty_images(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                    ScalarType dtype);
+
 // Gives memory that no tensor uses back to the system; returns how many bytes that may be.
 int64_t release_memory();
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastresnet.data.augment import Augment
+from fastresnet.memory import empty_images
 
 # Takes a file's index, bytes and row of random numbers; raises ImageError if it cannot be used.
 Use = Callable[[int, bytes, np.ndarray], None]
@@ -95,8 +96,11 @@ class PooledBackend(Backend):
         pinned: bool,
     ) -> Iterator[tuple[Tensor, list[int | None]]]:
         def begin(slots: list[Slot]) -> tuple[Tensor, list[Future]]:
-            images = torch.empty((len(slots), *size, 3), dtype=dtype, pin_memory=pinned)
-            images = images.permute(0, 3, 1, 2)
+            if pinned:
+                images = torch.empty((len(slots), *size, 3), dtype=dtype, pin_memory=True)
+                images = images.permute(0, 3, 1, 2)
+            else:
+                images = empty_images(len(slots), 3, size, dtype=dtype)
             return images, [
                 pool.submit(slot, use(images[place : place + 1]))
                 for place, slot in enumerate(slots)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _extension
+from ..memory import empty_images
 from . import reference_warp
 
 
@@ -73,11 +74,15 @@ def warp(
     """
     channels = 1 if images.shape[-1] == 1 else 3
     if out is None:
-        out = torch.empty(
-            (len(index), channels, *size),
-            dtype=dtype,
-            device=images.device,
-            memory_format=torch.channels_last,
+        out = (
+            empty_images(len(index), channels, size, dtype=dtype)
+            if images.device.type == "cpu"
+            else torch.empty(
+                (len(index), channels, *size),
+                dtype=dtype,
+                device=images.device,
+                memory_format=torch.channels_last,
+            )
         )
     elif out.shape[2:] != tuple(size):
         raise ValueError(f"warp: expected out of size {tuple(size)}, got {tuple(out.shape[2:])}")
