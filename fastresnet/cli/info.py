@@ -10,6 +10,7 @@ import argparse
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 import fastresnet
 from fastresnet import _extension
+from fastresnet.data.selection import choose_backend
 
 # Read by the package or its build; the first two act at run time.
 _VARIABLES = {
@@ -68,6 +70,10 @@ def environment() -> dict[str, dict[str, Any]]:
         },
         "data backends": {
             name: _first_version(distributions) for name, distributions in _DATA_BACKENDS.items()
+        }
+        | {
+            f"files for a {device}": _attempt(partial(_backend_for, kind))
+            for device, kind in (("CPU", "cpu"), ("GPU", "cuda"))
         },
         "variables": {
             name: os.environ.get(name) or f"unset ({meaning})"
@@ -88,6 +94,11 @@ def _path(missing: str | None) -> str:
 
 def _gpus() -> list[str]:
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _backend_for(kind: str) -> str:
+    name, reason = choose_backend("auto", torch.device(kind))
+    return f"{name} ({reason})"
 
 
 def _version(distribution: str) -> str | None:

@@ -87,31 +87,32 @@ def make_loader(
     if isinstance(dataset, ImageSet):
         return TensorLoader(dataset, augment, **common)
     workers = workers or len(os.sched_getaffinity(0))
-    made, reason = _make_backend(backend, device, workers=workers, prefetch=prefetch)
+    name, reason = choose_backend(backend, device)
     return FileLoader(
         dataset,
         augment,
-        backend=made,
-        description=f"{made.name} ({reason}), {workers} threads",
+        backend=_make_backend(name, device, workers=workers, prefetch=prefetch),
+        description=f"{name} ({reason}), {workers} threads",
         on_error=on_error,
         error_limit=error_limit,
         **common,
     )
 
 
-def _make_backend(
-    name: BackendName, device: torch.device, *, workers: int, prefetch: int
-) -> tuple[Backend, str]:
-    """The backend, and why it is this one."""
-    reason = "as asked for"
-    if name == "auto":
-        if device.type != "cuda":
-            name, reason = "native", "the fastest for a CPU"
-        elif dali_missing():
-            name, reason = "native", f"for DALI on the GPU, {dali_missing()}"
-        else:
-            name, reason = "dali", "decodes on the GPU"
+def choose_backend(name: BackendName, device: torch.device) -> tuple[str, str]:
+    """The backend that ``name`` becomes for batches on ``device``, and why."""
+    if name != "auto":
+        return name, "as asked for"
+    if device.type != "cuda":
+        return "native", "the fastest for a CPU"
+    missing = dali_missing()
+    if missing:
+        return "native", f"for DALI on the GPU, {missing}"
+    return "dali", "decodes on the GPU"
+
+
+def _make_backend(name: str, device: torch.device, *, workers: int, prefetch: int) -> Backend:
     if name == "dali":
-        return DaliBackend(device=device, workers=workers, prefetch=prefetch), reason
+        return DaliBackend(device=device, workers=workers, prefetch=prefetch)
     kind = {"native": NativeBackend, "torchvision": TorchvisionBackend}[name]
-    return kind(workers=workers, prefetch=prefetch), reason
+    return kind(workers=workers, prefetch=prefetch)
