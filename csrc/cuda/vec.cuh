@@ -116,4 +116,32 @@ struct Octet {
   }
 };
 
+// The same of bytes, which are only moved: 8 bytes an access where packed.
+template <bool kPacked>
+struct ByteOctet {
+  uint8_t values[kOctet];
+
+  __device__ __forceinline__ void load(const uint8_t* __restrict__ p, int valid) {
+    if constexpr (kPacked) {
+      const uint2 word = valid > 0 ? __ldg(reinterpret_cast<const uint2*>(p)) : make_uint2(0, 0);
+      memcpy(values, &word, sizeof(values));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) values[i] = i < valid ? __ldg(p + i) : uint8_t{0};
+    }
+  }
+
+  __device__ __forceinline__ void store(uint8_t* __restrict__ p, int valid) const {
+    if constexpr (kPacked) {
+      uint2 word;
+      memcpy(&word, values, sizeof(values));
+      if (valid > 0) store_global(reinterpret_cast<uint2*>(p), word);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i)
+        if (i < valid) store_global(p + i, values[i]);
+    }
+  }
+};
+
 }  // namespace fastresnet::cuda

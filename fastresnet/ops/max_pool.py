@@ -24,11 +24,11 @@ _LEVELS = ("amx", "avx512_bf16", "avx512", "avx2")
 
 def has_max_pool_kernel(x: Tensor, kernel_size: int, stride: int, padding: int) -> bool:
     """Whether the compiled operator takes ``x`` and such windows, and is meant for this processor:
-    a CPU tensor that :func:`fastresnet.ops.has_kernel` accepts, windows of at most 15 x 15."""
+    a tensor that :func:`fastresnet.ops.has_kernel` accepts, windows of at most 15 x 15."""
     return (
-        x.device.type == "cpu"
-        and _extension.cpu_level in _LEVELS
+        (x.device.type != "cpu" or _extension.cpu_level in _LEVELS)
         and has_kernel(x)
+        and x.numel() // x.shape[1] < 2**31
         and 1 <= kernel_size <= _LARGEST_KERNEL
         and stride >= 1
         and 0 <= 2 * padding <= kernel_size

@@ -286,3 +286,55 @@ class BatchNormKernels(Emulator):
         vectors = [None] * 4 if residual_norm is None else residual_norm.vectors
         eps = 0.0 if residual_norm is None else residual_norm.eps
         return [norm.vectors, norm.eps, residual, vectors, eps]
+
+
+class MaxPoolKernels(Emulator):
+    """csrc/cuda/max_pool.cuh on [N, H, W, C] tensors; windows are kernel, stride and padding."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        super().__init__(library)
+        self.multiprocessors = 2
+
+    def forward(self, x: Tensor, norm: Norm, windows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        sizes, pooled = self._sizes(x, windows)
+        out, index = unwritten(pooled, x.dtype), unwritten(pooled, torch.uint8)
+        arguments = [DTYPES[x.dtype], sizes, self.multiprocessors, x, norm.vectors, norm.eps]
+        self.run("max_pool_forward", [*arguments, out, index])
+        return out, index
+
+    def backward(
+        self,
+        grad: Tensor,
+        index: Tensor,
+        x: Tensor,
+        norm: Norm,
+        windows: Sequence[int],
+        training: bool,
+    ) -> dict[str, Tensor]:
+        channels = x.shape[3]
+        rows = x.numel() // channels
+        outputs = {
+            "dx": unwritten(x.shape, x.dtype),
+            "dweight": unwritten((channels,), torch.float32),
+            "dbias": unwritten((channels,), torch.float32),
+        }
+        workspace = unwritten((self._workspace(rows, channels),), torch.uint8)
+        sizes, _ = self._sizes(x, windows)
+        arguments = [DTYPES[x.dtype], training, sizes, self.multiprocessors, grad, index, x]
+        arguments += [norm.vectors, norm.eps, *outputs.values()]
+        self.run(
+            "max_pool_backward", [*arguments, unwritten((channels,), torch.float32), workspace]
+        )
+        return outputs
+
+    def _workspace(self, rows: int, channels: int) -> int:
+        arguments = [rows, channels, self.multiprocessors]
+        return self.run("max_pool_workspace", arguments, ctypes.c_int64)
+
+    @staticmethod
+    def _sizes(x: Tensor, windows: Sequence[int]) -> tuple[object, tuple[int, ...]]:
+        batch, height, width, channels = x.shape
+        kernel, stride, padding = windows
+        pooled = [(side + 2 * padding - kernel) // stride + 1 for side in (height, width)]
+        sizes = (batch, height, width, channels, *pooled, *windows)
+        return (ctypes.c_int64 * len(sizes))(*sizes), (batch, *pooled, channels)
