@@ -23,6 +23,7 @@ from torchvision.models import (
 )
 
 from ..nn.batch_norm import to_kernel_layout
+from ..nn.stages import run_stages
 from ..nn.stem import pooled_stem
 from .convert import fused_builder, fuses, scriptable_twin
 
@@ -64,10 +65,7 @@ class ResNet(torchvision.models.ResNet):
         x = self.conv1(x)
         x = pooled_stem(self.bn1, self.relu, self.maxpool, x)
 
-        x = self.layer1(x)
-        x = self.layer2(x)
-        x = self.layer3(x)
-        x = self.layer4(x)
+        x = run_stages([self.layer1, self.layer2, self.layer3, self.layer4], x)
 
         x = self.avgpool(x)
         x = torch.flatten(x, 1)

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 
 from .. import _extension, ops
+from ..ops import Fork
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 
@@ -87,28 +88,55 @@ def add_relu(
         overwrite: add by ``x += residual``, as torchvision's blocks do, where it is not fused.
         kwargs: passed on to ``relu``; a fused one leaves out its ``inplace``.
     """
-    if isinstance(x, PendingBatchNorm) and is_relu(relu):
-        if isinstance(residual, PendingBatchNorm) and (
-            residual.training != x.training or not _can_join(x.x, residual.x)
-        ):
-            residual = residual.apply()
-        if isinstance(residual, PendingBatchNorm):
-            return ops.bn_add_bn_relu(
-                *x[:5],
-                *residual[:5],
-                eps=x.eps,
-                residual_eps=residual.eps,
-                training=x.training,
-            )
-        if _can_join(x.x, residual):
-            residual = residual.contiguous(memory_format=torch.channels_last)
-            return ops.bn_add_relu(*x[:5], residual, eps=x.eps, training=x.training)
+    out = _fused_join(ops.bn_add_relu, ops.bn_add_bn_relu, relu, x, residual)
+    if out is not None:
+        return out
     x, residual = materialize(x), materialize(residual)
     if overwrite:
         x += residual
     else:
         x = x + residual
     return relu(x, **kwargs)
+
+
+def add_relu_fork(
+    relu: Callable[..., Any],
+    x: PendingBatchNorm | Tensor,
+    residual: PendingBatchNorm | Tensor,
+) -> Fork:
+    """:func:`add_relu` for an output that is used twice."""
+    fork = _fused_join(ops.bn_add_relu_fork, ops.bn_add_bn_relu_fork, relu, x, residual)
+    if fork is not None:
+        return fork
+    out = add_relu(relu, x, residual, overwrite=True)
+    return Fork(out, out)
+
+
+def _fused_join(
+    single: Callable[..., Any],
+    dual: Callable[..., Any],
+    relu: Callable[..., Any],
+    x: PendingBatchNorm | Tensor,
+    residual: PendingBatchNorm | Tensor,
+) -> Any:
+    """What ``dual`` returns where both branches are pending, ``single`` where only ``x`` is; None
+    where neither applies."""
+    if not isinstance(x, PendingBatchNorm) or not is_relu(relu):
+        return None
+    if isinstance(residual, PendingBatchNorm):
+        if residual.training == x.training and _can_join(x.x, residual.x):
+            return dual(
+                *x[:5],
+                *residual[:5],
+                eps=x.eps,
+                residual_eps=residual.eps,
+                training=x.training,
+            )
+        residual = residual.apply()
+    if not _can_join(x.x, residual):
+        return None
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    return single(*x[:5], residual, eps=x.eps, training=x.training)
 
 
 def materialize(x: Any) -> Any:

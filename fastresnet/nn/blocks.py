@@ -6,7 +6,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torchvision.models import resnet
 
-from .batch_norm import PendingBatchNorm, add_relu, fused_call, has_hooks
+from ..ops import Fork
+from .batch_norm import PendingBatchNorm, add_relu, add_relu_fork, fused_call, has_hooks
 from .residual import Link, residual_block
 from .sequential import FusedSequential
 
@@ -37,6 +38,17 @@ class BasicBlock(resnet.BasicBlock):
         if fused is not None:
             return fused
 
+        out, residual = self.branches(x, x)
+        return add_relu(self.relu, out, residual, overwrite=True)
+
+    def fork(self, x: Fork) -> Fork:
+        """:meth:`forward` between blocks whose gradients are added as they are read."""
+        return add_relu_fork(self.relu, *self.branches(*x))
+
+    def branches(
+        self, x: Tensor, identity: Tensor
+    ) -> tuple[PendingBatchNorm | Tensor, PendingBatchNorm | Tensor]:
+        """What the block adds: the way through the convolutions, and the shortcut."""
         out = self.conv1(x)
         out = fused_call(self.bn1, out)
         out = fused_call(self.relu, out)
@@ -44,7 +56,7 @@ class BasicBlock(resnet.BasicBlock):
         out = self.conv2(out)
         out = fused_call(self.bn2, out)
 
-        return add_relu(self.relu, out, shortcut(self.downsample, x), overwrite=True)
+        return out, shortcut(self.downsample, identity)
 
 
 class Bottleneck(resnet.Bottleneck):
@@ -57,6 +69,17 @@ class Bottleneck(resnet.Bottleneck):
         if fused is not None:
             return fused
 
+        out, residual = self.branches(x, x)
+        return add_relu(self.relu, out, residual, overwrite=True)
+
+    def fork(self, x: Fork) -> Fork:
+        """:meth:`forward` between blocks whose gradients are added as they are read."""
+        return add_relu_fork(self.relu, *self.branches(*x))
+
+    def branches(
+        self, x: Tensor, identity: Tensor
+    ) -> tuple[PendingBatchNorm | Tensor, PendingBatchNorm | Tensor]:
+        """What the block adds: the way through the convolutions, and the shortcut."""
         out = self.conv1(x)
         out = fused_call(self.bn1, out)
         out = fused_call(self.relu, out)
@@ -68,4 +91,4 @@ class Bottleneck(resnet.Bottleneck):
         out = self.conv3(out)
         out = fused_call(self.bn3, out)
 
-        return add_relu(self.relu, out, shortcut(self.downsample, x), overwrite=True)
+        return out, shortcut(self.downsample, identity)

@@ -3,19 +3,32 @@
 :mod:`fastresnet.ops.reference`."""
 
 from . import reference
-from .bn_act import KERNEL_DTYPES, bn, bn_add_bn_relu, bn_add_relu, bn_relu, bn_stats, has_kernel
+from .bn_act import (
+    KERNEL_DTYPES,
+    bn,
+    bn_add_bn_relu,
+    bn_add_bn_relu_fork,
+    bn_add_relu,
+    bn_add_relu_fork,
+    bn_relu,
+    bn_stats,
+    has_kernel,
+)
 from .conv import bn_sums, conv_bn_backward, conv_stats, has_conv_kernel
 from .max_pool import bn_relu_max_pool, has_max_pool_kernel
-from .reference import ConvGradients, Normalized
+from .reference import ConvGradients, Fork, Normalized
 from .warp import warp
 
 __all__ = [
     "KERNEL_DTYPES",
     "ConvGradients",
+    "Fork",
     "Normalized",
     "bn",
     "bn_add_bn_relu",
+    "bn_add_bn_relu_fork",
     "bn_add_relu",
+    "bn_add_relu_fork",
     "bn_relu",
     "bn_relu_max_pool",
     "bn_stats",

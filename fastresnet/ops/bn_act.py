@@ -11,11 +11,15 @@ Where :func:`has_kernel` is false the twins in :mod:`fastresnet.ops.reference` r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import _extension
 from . import reference
+from .reference import Fork
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -165,6 +169,64 @@ def bn_add_bn_relu(
     return out
 
 
+def bn_add_relu_fork(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor,
+    *,
+    eps: float = 1e-5,
+    training: bool,
+) -> Fork:
+    """:func:`bn_add_relu`, its output handed out twice.
+
+    The gradients of both come back apart and are added as the backward reads them: a pass over
+    memory less than autograd's own sum, which rounds alike. Neither may be changed in place.
+    """
+    if not _has_join_kernel(x, residual):
+        return reference.bn_add_relu_fork(
+            x, mean, var, weight, bias, residual, eps=eps, training=training
+        )
+    vectors = _vectors(x, mean, var, weight, bias)
+    return Fork(*_BnAddReluFork.apply(x, *vectors, residual, eps, training))
+
+
+def bn_add_bn_relu_fork(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor,
+    residual_mean: Tensor,
+    residual_var: Tensor,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    residual_eps: float = 1e-5,
+    training: bool,
+) -> Fork:
+    """:func:`bn_add_bn_relu`, its output handed out twice, as in :func:`bn_add_relu_fork`."""
+    residual_vectors = (residual_mean, residual_var, residual_weight, residual_bias)
+    if not _has_join_kernel(x, residual):
+        return reference.bn_add_bn_relu_fork(
+            *(x, mean, var, weight, bias, residual, *residual_vectors),
+            eps=eps,
+            residual_eps=residual_eps,
+            training=training,
+        )
+    vectors = _vectors(x, mean, var, weight, bias)
+    residual_vectors = _vectors(residual, *residual_vectors)
+    return Fork(
+        *_BnAddBnReluFork.apply(
+            x, *vectors, residual, *residual_vectors, eps, residual_eps, training
+        )
+    )
+
+
 def _has_join_kernel(x: Tensor, residual: Tensor) -> bool:
     # A residual that only broadcasts, or of another dtype, is torch's to add.
     return (
@@ -236,6 +298,24 @@ if _extension.has_schemas:
     @torch.library.register_fake("fastresnet::bn_add_relu_backward")
     def _(grad, mask, x, mean, var, weight, eps, training):
         return *_fake_gradients(x), torch.empty_like(x, memory_format=torch.channels_last)
+
+    @torch.library.register_fake("fastresnet::bn_add_relu_fork_backward")
+    def _(grad, shortcut_grad, mask, x, mean, var, weight, eps, training):
+        return *_fake_gradients(x), torch.empty_like(x, memory_format=torch.channels_last)
+
+    @torch.library.register_fake("fastresnet::bn_add_bn_relu_fork_backward")
+    def _(grad, shortcut_grad, mask, x, mean, var, weight, residual, *rest):
+        dx, dweight, dbias = _fake_gradients(x)
+        return dx, dweight, dbias, torch.empty_like(dx), torch.empty_like(dweight)
+
+    # On the CPU a block is one node (fastresnet.nn.residual), so nothing is gained there.
+    @torch.library.impl("fastresnet::bn_add_relu_fork_backward", "CPU")
+    def _(grad, shortcut_grad, *rest):
+        return torch.ops.fastresnet.bn_add_relu_backward.default(grad + shortcut_grad, *rest)
+
+    @torch.library.impl("fastresnet::bn_add_bn_relu_fork_backward", "CPU")
+    def _(grad, shortcut_grad, *rest):
+        return torch.ops.fastresnet.bn_add_bn_relu_backward.default(grad + shortcut_grad, *rest)
 
     @torch.library.register_fake("fastresnet::bn_add_bn_relu_backward")
     def _(grad, mask, x, mean, var, weight, residual, rm, rv, rw, eps, residual_eps, training):
@@ -320,6 +400,61 @@ def _bn_add_bn_relu_backward(ctx, grad, _grad_mask):
         *(dresidual, None, None, dresidual_weight, dbias.clone()),
         *(None, None, None),
     )
+
+
+# An operator may not return one tensor twice, so the forks are nodes of their own.
+
+
+def _fork_backward(name: str, ctx: Any, grads: tuple[Tensor | None, ...], *rest: Any):
+    """The gradients of ``fastresnet::<name>``'s arguments from those of its one or two outputs."""
+    grads = [_channels_last(grad) for grad in grads if grad is not None]
+    backward = f"{name}_fork_backward" if len(grads) == 2 else f"{name}_backward"
+    return getattr(torch.ops.fastresnet, backward).default(*grads, *ctx.saved_tensors, *rest)
+
+
+class _BnAddReluFork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        x, mean, var, weight, _bias, _residual, ctx.eps, ctx.training = inputs
+        out, mask = torch.ops.fastresnet.bn_add_relu.default(*inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mask, x, mean, var, weight)
+        return out, out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None):
+        if grads == (None, None):
+            return (None,) * 8
+        dx, dweight, dbias, dresidual = _fork_backward(
+            "bn_add_relu", ctx, grads, ctx.eps, ctx.training
+        )
+        return dx, None, None, dweight, dbias, dresidual, None, None
+
+
+class _BnAddBnReluFork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        x, mean, var, weight, _bias, residual, rm, rv, rw, _rb = inputs[:10]
+        ctx.rest = inputs[10:]
+        out, mask = torch.ops.fastresnet.bn_add_bn_relu.default(*inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(mask, x, mean, var, weight, residual, rm, rv, rw)
+        return out, out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None):
+        if grads == (None, None):
+            return (None,) * 13
+        dx, dweight, dbias, dresidual, dresidual_weight = _fork_backward(
+            "bn_add_bn_relu", ctx, grads, *ctx.rest
+        )
+        return (
+            *(dx, None, None, dweight, dbias),
+            *(dresidual, None, None, dresidual_weight, dbias.clone()),
+            *(None, None, None),
+        )
 
 
 def _no_double_backward(ctx, *grads):

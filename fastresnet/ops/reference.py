@@ -30,6 +30,13 @@ class Normalized(NamedTuple):
     training: bool
 
 
+class Fork(NamedTuple):
+    """One tensor handed out twice, so that the gradients of both uses come back apart."""
+
+    x: Tensor  # [N, C, H, W]
+    shortcut: Tensor  # the same values
+
+
 class ConvGradients(NamedTuple):
     """The gradients of a convolution and the batch norm behind it."""
 
@@ -140,6 +147,49 @@ def bn_add_bn_relu(
         training=training,
     )
     return bn_add_relu(x, mean, var, weight, bias, identity, eps=eps, training=training)
+
+
+def bn_add_relu_fork(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor,
+    *,
+    eps: float = 1e-5,
+    training: bool,
+) -> Fork:
+    """``relu(bn(x) + residual)``, twice."""
+    out = bn_add_relu(x, mean, var, weight, bias, residual, eps=eps, training=training)
+    return Fork(out, out)
+
+
+def bn_add_bn_relu_fork(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor,
+    residual_mean: Tensor,
+    residual_var: Tensor,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    residual_eps: float = 1e-5,
+    training: bool,
+) -> Fork:
+    """``relu(bn(x) + bn(residual))``, twice."""
+    out = bn_add_bn_relu(
+        *(x, mean, var, weight, bias),
+        *(residual, residual_mean, residual_var, residual_weight, residual_bias),
+        eps=eps,
+        residual_eps=residual_eps,
+        training=training,
+    )
+    return Fork(out, out)
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages of residual blocks run as one chain, where nobody can look between two blocks.
+
+A block's output is used twice, by the next block's convolution and by its shortcut, and autograd
+would add the two gradients in a pass of its own: read two tensors, write a third. In the chain they
+stay apart until the backward of the join in front reads both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..ops import Fork
+from .batch_norm import has_hooks
+from .blocks import BasicBlock, Bottleneck
+from .links import runs_as_node
+from .sequential import FusedSequential
+
+# On the CPU a block is one node, which adds them itself (fastresnet.nn.residual).
+_DEVICES = ("cuda",)
+
+
+def run_stages(stages: Sequence[nn.Module], x: Any) -> Any:
+    """``x`` through ``stages``, one behind another.
+
+    Args:
+        stages: any modules; chained are ``nn.Sequential`` of :class:`BasicBlock` and
+            :class:`Bottleneck`.
+        x: what the first is called with; chained is [N, C, H, W].
+    """
+    if not _can_chain(stages, x):
+        for stage in stages:
+            x = stage(x)
+        return x
+    fork = Fork(x, x)
+    for stage in stages:
+        for block in stage:
+            fork = block.fork(fork)
+    return fork.x
+
+
+def _can_chain(stages: Sequence[nn.Module], x: Any) -> bool:
+    return (
+        runs_as_node(x)
+        and x.device.type in _DEVICES
+        and all(
+            type(stage) in (nn.Sequential, FusedSequential)
+            and not has_hooks(stage)
+            and all(map(_is_plain_block, stage))
+            for stage in stages
+        )
+    )
+
+
+def _is_plain_block(block: nn.Module) -> bool:
+    """Whether it is a block of ours and no hook sees its input."""
+    if type(block) not in (BasicBlock, Bottleneck):
+        return False
+    readers = [block, block.conv1]
+    if block.downsample is not None:
+        readers += block.downsample.modules()
+    return not any(map(has_hooks, readers))

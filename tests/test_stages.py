@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Joins whose output is handed out twice, and the chain of blocks that uses them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastresnet
+from fastresnet import ops
+from fastresnet.nn import stages
+from fastresnet.ops import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def call(module, dual: bool, leaves: list[Tensor]):
+    x, weight, bias, residual, residual_weight, residual_bias = leaves
+    own = (*ops.bn_stats(x), weight, bias)
+    if not dual:
+        return module.bn_add_relu_fork(x, *own, residual, training=True)
+    other = (*ops.bn_stats(residual), residual_weight, residual_bias)
+    return module.bn_add_bn_relu_fork(x, *own, residual, *other, training=True)
+
+
+@pytest.mark.parametrize("uses", ["both", "x", "shortcut"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dual", [False, True], ids=["single", "dual"])
+def test_fork_is_a_join_whose_gradients_add_up(dual: bool, dtype: torch.dtype, uses: str) -> None:
+    shape = (3, 20, 6, 5)
+    values = [channels_last(*shape, dtype=dtype), torch.rand(20), torch.randn(20)] * 2
+    grads = [torch.randint(-8, 8, shape).to(dtype) for _ in range(2)]  # sums that are exact
+    results = []
+    for module in (ops, reference):
+        leaves = [value.clone(memory_format=torch.preserve_format) for value in values]
+        leaves = [leaf.requires_grad_() for leaf in (leaves if dual else leaves[:4])]
+        fork = call(module, dual, leaves + [None] * (6 - len(leaves)))
+        assert torch.equal(fork.x, fork.shortcut)
+        pairs = list(zip(fork, grads, strict=True))
+        pairs = {"both": pairs, "x": pairs[:1], "shortcut": pairs[1:]}[uses]
+        outputs, incoming = zip(*pairs, strict=True)
+        results.append([fork.x.detach(), *torch.autograd.grad(outputs, leaves, incoming)])
+    assert type(fork).__name__ == "Fork"
+    loose = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    for ours, torchs in zip(*results, strict=True):
+        scale = torchs.abs().max().item()
+        torch.testing.assert_close(ours, torchs, rtol=loose, atol=loose * scale)
+
+
+def test_nobody_uses_the_output() -> None:
+    x = channels_last(2, 8, 4, 4).requires_grad_()
+    fork = ops.bn_add_relu_fork(x, *ops.bn_stats(x), None, None, x.detach(), training=True)
+    (dx,) = torch.autograd.grad(fork.x.sum() * 0 + x.sum(), x)
+    assert torch.equal(dx, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("name", ["bn_add_relu", "bn_add_bn_relu"])
+def test_two_gradients_are_the_sum(name: str) -> None:
+    x, residual, grad, other = (channels_last(2, 12, 5, 4) for _ in range(4))
+    vectors = [torch.zeros(12), torch.ones(12), torch.rand(12)]
+    mask = torch.randint(0, 256, (2, 5, 4, 2), dtype=torch.uint8)
+    mask[..., 1] &= 15
+    rest = [mask, x, *vectors, 1e-5]
+    if name == "bn_add_bn_relu":
+        rest = [mask, x, *vectors, residual, *vectors, 1e-5, 1e-5]
+    operator = getattr(torch.ops.fastresnet, f"{name}_fork_backward").default
+    single = getattr(torch.ops.fastresnet, f"{name}_backward").default
+    for ours, expected in zip(
+        operator(grad, other, *rest, True), single(grad + other, *rest, True), strict=True
+    ):
+        assert torch.equal(ours, expected)
+    torch.library.opcheck(operator, (grad, other, *rest, True))
+
+
+# The chain, on the CPU, where it is not used by itself.
+
+
+def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output, gradients and buffers of a training step."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    out = model(x)
+    out.square().mean().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"out": out.detach(), "x": x.grad, **gradients, **dict(model.named_buffers())}
+
+
+@pytest.fixture
+def chained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Chains on the CPU; the list holds the blocks that were run in one."""
+    monkeypatch.setattr(stages, "_DEVICES", ("cpu",))
+    monkeypatch.setattr("fastresnet.nn.blocks.residual_block", lambda *_: None)
+    seen: list[str] = []
+    for kind in (fastresnet.nn.BasicBlock, fastresnet.nn.Bottleneck):
+        fork = kind.fork
+        monkeypatch.setattr(
+            kind,
+            "fork",
+            lambda self, x, fork=fork: seen.append(type(self).__name__) or fork(self, x),
+        )
+    return seen
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_chain_trains_as_block_by_block(
+    chained: list[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model = getattr(fastresnet.models, name)(num_classes=5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+    twin = copy.deepcopy(model)
+    x = torch.randn(4, 3, 32, 32)
+    ours = step(model, x)
+    assert len(chained) == sum(len(getattr(model, f"layer{i}")) for i in range(1, 5))
+    monkeypatch.setattr(stages, "_DEVICES", ())
+    expected = step(twin, x)
+    assert len(chained) == 8 if name == "resnet18" else 16
+    for key, value in expected.items():
+        scale = value.abs().max().item() if value.numel() else 0
+        torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=1e-4 * scale, msg=key)
+
+
+def test_chain_saves_the_sum_of_gradients(chained: list[str]) -> None:
+    """Between the joins of a chain autograd has nothing to accumulate."""
+    model = fastresnet.models.resnet18(num_classes=5)
+    loss = model(torch.randn(2, 3, 32, 32)).sum()
+    uses: dict[object, int] = {}
+    nodes, known = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        for parent, index in node.next_functions:
+            if parent is None:
+                continue
+            uses[parent, index] = uses.get((parent, index), 0) + 1
+            if parent not in known:
+                known.add(parent)
+                nodes.append(parent)
+    twice = [parent.name() for (parent, _), count in uses.items() if count > 1]
+    assert [name for name in twice if "Fork" in name or "add_relu" in name] == []
+    forks = [parent for parent, _ in uses if "Fork" in parent.name()]
+    assert len(forks) >= 8
+
+
+@pytest.mark.parametrize("where", ["layer2", "layer2.0", "layer2.0.conv1", "layer2.0.downsample.0"])
+def test_hooks_see_what_they_would_see(chained: list[str], where: str) -> None:
+    model = fastresnet.models.resnet18(num_classes=5)
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs[0].register_hook(seen.append)
+
+    model.get_submodule(where).register_forward_hook(hook)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert chained == []
+    assert len(seen) == 1
+
+
+def test_without_gradients_or_on_other_devices_stages_run_one_by_one(
+    chained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fastresnet.models.resnet18(num_classes=5)
+    with torch.no_grad():
+        model(torch.randn(2, 3, 32, 32))
+    monkeypatch.setattr(stages, "_DEVICES", ("cuda",))
+    model(torch.randn(2, 3, 32, 32))
+    assert chained == []
