@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes that one training step of a torchvision ResNet moves between a GPU and its memory, by how
+much is fused. A model, not a measurement: every pass reads and writes each of its tensors once, as
+if nothing stayed in cache from one pass to the next. ``tests/test_cuda_traffic.py`` counts what the
+kernels of this package really ask for and holds it against this.
+
+    python benchmarks/cuda_traffic.py [resnet50] [256]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torchvision
+from torch import nn
+
+VALUE = 2  # bytes of an activation, bfloat16 or float16
+MASK = 1 / 16  # a bit for each value, in units of a pass over a tensor
+LEVELS = ("eager", "inductor", "fused")
+# Read and written by an optimiser step a parameter: float32 weight and momentum twice each, the
+# gradient; the 16-bit copy of the weight and of its gradient.
+OPTIMISER = 4 * 5 + 6 + 6
+
+
+class Layer(NamedTuple):
+    """A convolution and the batch norm behind it; sizes in values, one image."""
+
+    role: str  # stem, mid, last (of a block), dual (last, beside a projection), down (that)
+    reads: int  # of the convolution's input
+    channels: int
+    pixels: int
+    weights: int
+    forks: bool  # whether the block's output has two uses
+
+    @property
+    def values(self) -> int:
+        return self.channels * self.pixels
+
+
+def layers(model: torchvision.models.ResNet, side: int = 224) -> Iterator[Layer]:
+    """Every convolution of ``model``, for images of ``side`` by ``side``."""
+
+    def layer(conv: nn.Conv2d, role: str, side: int, forks: bool = False) -> tuple[Layer, int]:
+        out = (side + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1
+        # A strided 1x1 convolution leaves pixels out.
+        read = out if conv.kernel_size[0] < conv.stride[0] else side
+        reads, weights = conv.in_channels * read**2, conv.weight.numel()
+        return Layer(role, reads, conv.out_channels, out**2, weights, forks), out
+
+    stem, side = layer(model.conv1, "stem", side)
+    yield stem
+    side = (side + 1) // 2
+    blocks = [block for index in range(1, 5) for block in getattr(model, f"layer{index}")]
+    for block in blocks:
+        forks, inner = block is not blocks[-1], side
+        convs = [module for name, module in block.named_children() if name.startswith("conv")]
+        for conv in convs[:-1]:
+            found, inner = layer(conv, "mid", inner)
+            yield found
+        role = "last" if block.downsample is None else "dual"
+        yield layer(convs[-1], role, inner, forks)[0]
+        if block.downsample is not None:
+            yield layer(block.downsample[0], "down", side)[0]
+        side = inner
+
+
+# Passes over the convolution's output that batch norm, ReLU and add make, forward and backward.
+# A gradient that comes from two uses is read once more by what adds it up.
+_PASSES = {
+    "eager": {  # batch norm 3 and 5; ReLU 2 and 3; add 3, its gradient 3
+        "stem": 13,
+        "mid": 13,
+        "last": 16,
+        "dual": 16,
+        "down": 8,
+    },
+    "inductor": {  # a pass for the statistics; the ReLU's mask from its stored output
+        "stem": 10,
+        "mid": 10,
+        "last": 12,
+        "dual": 12,
+        "down": 5,
+    },
+    "fused": {
+        "stem": 1,  # the rest is behind a max-pool
+        "mid": 3 + 5,
+        # statistics; x, residual, out; both gradients and x into dz; dz and x into dx
+        "last": 4 + MASK + 4 + MASK + 3,
+        # and the projection's batch norm in the same passes
+        "dual": 4 + MASK + 5 + MASK + 5,
+        "down": 1,
+    },
+}
+
+
+def training_bytes(model: torchvision.models.ResNet, batch: int) -> dict[str, dict[str, float]]:
+    """Level -> part of the step -> bytes."""
+    found = list(layers(model))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    convolutions = 0.0
+    for layer in found:
+        products = 2 if layer.role == "stem" else 3  # nobody wants the images' gradient
+        activations = batch * (layer.reads + layer.values)
+        convolutions += products * VALUE * (activations + layer.weights)
+    stem = VALUE * batch * found[0].values
+    pooled = stem / 4
+    result = {}
+    for level in LEVELS:
+        norms = sum(VALUE * batch * layer.values * _PASSES[level][layer.role] for layer in found)
+        if level == "fused":
+            pool = (stem + 1.5 * pooled) + 2 * (stem + 1.5 * pooled) + stem
+            # The end of the network has one gradient; its beginning, behind the pool, has two to
+            # add, since the first block's input is a fork of no join.
+            norms -= (
+                VALUE
+                * batch
+                * sum(
+                    layer.values
+                    for layer in found
+                    if layer.role in ("last", "dual") and not layer.forks
+                )
+            )
+            gradients = 3 * pooled
+        else:
+            index = 4 * pooled * (1 if level == "eager" else 1 / 4)
+            pool = (stem + pooled + index) + (
+                pooled + index + stem * (2 if level == "eager" else 1)
+            )
+            gradients = 0.0
+            if level == "eager":
+                inputs = [pooled] + [VALUE * batch * layer.values for layer in found if layer.forks]
+                gradients = 3 * sum(inputs)
+        result[level] = {
+            "convolutions": convolutions,
+            "batch norm, ReLU, add": norms,
+            "max-pool": pool,
+            "sums of gradients": gradients,
+            "optimiser": float(OPTIMISER * parameters),
+        }
+    return result
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "resnet50"
+    batch = int(sys.argv[2]) if len(sys.argv) > 2 else 256
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)()
+    print(f"{name}, batch {batch}, 16-bit channels_last: GB a training step, by the model")
+    for level, parts in training_bytes(model, batch).items():
+        each = ", ".join(f"{part} {value / 1e9:.1f}" for part, value in parts.items())
+        print(f"{level:>9} {sum(parts.values()) / 1e9:6.1f}  ({each})")
+
+
+if __name__ == "__main__":
+    main()

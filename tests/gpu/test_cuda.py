@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels on a GPU: what the emulator cannot show. Never run so far: there was no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from tolerances import assert_no_worse
+from torch import Tensor
+
+import fastresnet
+from fastresnet import _extension, ops
+from fastresnet.ops import reference
+
+pytestmark = pytest.mark.needs_cuda
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMS = ["bn", "bn_relu", "bn_add_relu", "bn_add_bn_relu", "bn_relu_max_pool"]
+SHAPES = [(8, 64, 28, 28), (2, 19, 7, 9), (3, 12, 5, 5), (32, 2048, 7, 7)]
+
+
+def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(shape, device="cuda").to(dtype)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def run(module, form: str, values: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
+    """Output and gradients of ``module.<form>``, training."""
+    leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+    arguments = [leaves["x"], *module.bn_stats(leaves["x"]), leaves["weight"], leaves["bias"]]
+    keywords = {}
+    if "add" in form:
+        arguments.append(leaves["residual"])
+    if form == "bn_add_bn_relu":
+        residual = leaves["residual"]
+        arguments += [*module.bn_stats(residual), leaves["weight2"], leaves["bias2"]]
+    if form == "bn_relu_max_pool":
+        keywords = {"kernel_size": 3, "stride": 2, "padding": 1}
+    out = getattr(module, form)(*arguments, **keywords, training=True)
+    used = [name for name in leaves if leaves[name].requires_grad]
+    gradients = torch.autograd.grad(out, [leaves[n] for n in used], grad, allow_unused=True)
+    results = {f"d{n}": g for n, g in zip(used, gradients, strict=True) if g is not None}
+    return {"out": out.detach(), **results}
+
+
+def sample(form: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[dict, Tensor]:
+    channels = shape[1]
+    vectors = {
+        name: torch.rand(channels, device="cuda") + 0.5
+        for name in ("weight", "bias", "weight2", "bias2")
+    }
+    values = {name: channels_last(*shape, dtype=dtype) for name in ("x", "residual")} | vectors
+    pooled = [(side - 1) // 2 + 1 for side in shape[2:]] if "pool" in form else shape[2:]
+    return values, channels_last(*shape[:2], *pooled, dtype=dtype)
+
+
+def test_the_library_is_loaded() -> None:
+    assert _extension.is_active("cuda"), _extension.cuda_missing
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_operators_against_float64(form: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    values, grad = sample(form, shape, dtype)
+    exact = run(reference, form, {n: v.double() for n, v in values.items()}, grad.double())
+    torchs, ours = run(reference, form, values, grad), run(ops, form, values, grad)
+    rows = grad.numel() / shape[1]
+    for name, value in exact.items():
+        scale = rows if name not in ("out", "dx", "dresidual") else value.abs().max().item()
+        assert_no_worse(ours[name], torchs[name], value, name, scale)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_bits_every_time_and_on_another_stream(form: str) -> None:
+    values, grad = sample(form, (16, 64, 56, 56), torch.bfloat16)
+    first = run(ops, form, values, grad)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        second = run(ops, form, values, grad)
+    torch.cuda.current_stream().wait_stream(stream)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def step(model: torch.nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        out = model(x)
+    out.float().square().mean().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_training_step_is_torchvisions(name: str, dtype: torch.dtype) -> None:
+    ours = getattr(fastresnet.models, name)(num_classes=10).cuda()
+    theirs = getattr(torchvision.models, name)(num_classes=10).cuda()
+    theirs.load_state_dict(ours.state_dict())
+    exact = getattr(torchvision.models, name)(num_classes=10).cuda().double()
+    exact.load_state_dict(ours.state_dict())
+    x = torch.randn(16, 3, 64, 64, device="cuda")
+    wanted = step(exact, x.double(), torch.float32)
+    found, torchs = step(ours, x, dtype), step(theirs, x, dtype)
+    for key, value in wanted.items():
+        assert_no_worse(found[key], torchs[key], value, key, value.abs().max().item())
+
+
+def test_a_step_can_be_captured_in_a_graph() -> None:
+    model = fastresnet.models.resnet18(num_classes=10).cuda()
+    x = torch.randn(8, 3, 64, 64, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(model, x, torch.bfloat16)
+    torch.cuda.current_stream().wait_stream(stream)
+    model.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.autocast("cuda", torch.bfloat16):
+        model(x).float().square().mean().backward()
+    graph.replay()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bytes that the CUDA kernels move in a training step of ResNet-50, counted in the emulator and
+held against the model of benchmarks/cuda_traffic.py.
+
+What a kernel moves is linear in the batch, but for vectors and partial sums; so two small batches
+tell a large one. Convolutions and the optimiser are not kernels of ours: theirs is the model's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from cuda_traffic import Layer, layers, training_bytes
+from emulator import BatchNormKernels, MaxPoolKernels, Norm
+
+BATCH = 256
+SECTOR = 32
+FORMS = {"mid": "bn_relu", "last": "bn_add_relu", "dual": "bn_add_bn_relu"}
+
+
+def ones(channels: int) -> Norm:
+    return Norm(*(torch.ones(channels) for _ in range(4)))
+
+
+def sectors(kernels: BatchNormKernels | MaxPoolKernels) -> int:
+    loaded, stored = kernels.traffic
+    return SECTOR * (loaded.sectors + stored.sectors)
+
+
+def moved_by_batch_norm(kernels: BatchNormKernels, layer: Layer, batch: int) -> int:
+    """Bytes behind an endless cache: statistics, forward and backward of one layer."""
+    shape = (batch * layer.pixels, layer.channels)
+    x = torch.zeros(shape, dtype=torch.bfloat16)
+    kernels.stats(x)
+    total = sectors(kernels)
+    if layer.role in ("stem", "down"):  # applied by the pool's kernel, or by the other branch's
+        return total
+    residual = torch.zeros_like(x) if layer.role != "mid" else None
+    residual_norm = ones(layer.channels) if layer.role == "dual" else None
+    operands = (x, ones(layer.channels), residual, residual_norm)
+    _, mask = kernels.forward(FORMS[layer.role], *operands)
+    total += sectors(kernels)
+    grads = [torch.zeros_like(x) for _ in range(2)]
+    kernels.backward(
+        FORMS[layer.role], grads[0], mask, *operands, True, grads[1] if layer.forks else None
+    )
+    return total + sectors(kernels)
+
+
+def moved_by_stem(kernels: MaxPoolKernels, layer: Layer, batch: int) -> int:
+    side = round(layer.pixels**0.5)
+    x = torch.zeros(batch, side, side, layer.channels, dtype=torch.bfloat16)
+    norm, windows = ones(layer.channels), (3, 2, 1)
+    out, index = kernels.forward(x, norm, windows)
+    total = sectors(kernels)
+    kernels.backward(out, index, x, norm, windows, True)
+    return total + sectors(kernels)
+
+
+def scaled(count: Callable[[int], int]) -> float:
+    """What ``count`` says of a batch of one and of two, for a batch of BATCH."""
+    one, two = count(1), count(2)
+    return one + (BATCH - 1) * (two - one)
+
+
+def test_resnet50_step(emulated: Callable[[str], ctypes.CDLL]) -> None:
+    with torch.device("meta"):
+        model = torchvision.models.resnet50()
+    batch_norm = BatchNormKernels(emulated("bn_act"))
+    max_pool = MaxPoolKernels(emulated("max_pool"))
+
+    @functools.cache
+    def counted(layer: Layer) -> float:
+        found = scaled(lambda batch: moved_by_batch_norm(batch_norm, layer, batch))
+        if layer.role == "stem":
+            found += scaled(lambda batch: moved_by_stem(max_pool, layer, batch))
+        return found
+
+    kernels = sum(counted(layer._replace(reads=0, weights=0)) for layer in layers(model))
+    parts = training_bytes(model, BATCH)
+    modelled = parts["fused"]
+    ours = modelled["batch norm, ReLU, add"] + modelled["max-pool"]
+    assert kernels == pytest.approx(ours, rel=0.01)
+    total = sum(modelled.values()) - ours + kernels
+    print(f"kernels {kernels / 1e9:.2f} GB counted, {ours / 1e9:.2f} by the model")
+    print(f"a step {total / 1e9:.2f} GB with what the model says of the rest")
+    # What the design of these kernels promised, and what it set out from.
+    assert total == pytest.approx(86.7e9, rel=0.05)
+    assert sum(parts["eager"].values()) == pytest.approx(121.8e9, rel=0.001)
+    assert sum(parts["inductor"].values()) == pytest.approx(92.2e9, rel=0.001)
