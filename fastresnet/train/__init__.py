@@ -6,7 +6,8 @@ Nothing here knows which network is trained or where its images come from. The l
 ``train`` extra, and recipes do not.
 """
 
-from fastresnet.train.config import ConfigError, Recipe, apply_overrides, override
+from fastresnet.train.config import ConfigError, Recipe
+from fastresnet.train.overrides import apply_overrides, override
 from fastresnet.train.recipes import RECIPES
 
 __all__ = ["RECIPES", "ConfigError", "Recipe", "apply_overrides", "override"]

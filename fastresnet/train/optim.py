@@ -4,17 +4,17 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from bisect import bisect_right
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from fastresnet.train.config import OptimConfig, ScheduleConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
-    """SGD with momentum, with weight decay on weights only.
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimiser of the parameters that want a gradient, with weight decay on weights only
+    unless ``config.decay_all``.
 
     Biases and the weights of normalisation layers are the parameters of one dimension: decaying
     them gives nothing against overfitting and shrinks the scale that the next layer sees.
@@ -27,25 +27,42 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
         },
         {
             "params": [parameter for parameter in parameters if parameter.ndim <= 1],
-            "weight_decay": 0.0,
+            "weight_decay": config.weight_decay if config.decay_all else 0.0,
         },
     ]
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+    # One kernel for all parameters' steps, on the CPU and on GPUs.
+    match config.kind:
+        case "sgd":
+            return torch.optim.SGD(
+                groups,
+                lr=config.lr,
+                momentum=config.momentum,
+                nesterov=config.nesterov,
+                fused=True,
+            )
+        case "adam":
+            return torch.optim.Adam(groups, lr=config.lr, betas=config.betas, fused=True)
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+        case "adagrad":
+            # torch has the fused one for the CPU only.
+            fused = all(parameter.device.type == "cpu" for parameter in parameters)
+            return torch.optim.Adagrad(groups, lr=config.lr, fused=fused)
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, config: ScheduleConfig, *, total_steps: int
-) -> LambdaLR:
-    """The schedule; call ``step()`` after each of the optimiser's ``total_steps``."""
-    return LambdaLR(optimizer, partial(schedule_factor, config=config, total_steps=total_steps))
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
-def schedule_factor(step: int, *, config: ScheduleConfig, total_steps: int) -> float:
-    """The learning rate of a step (counted from 0) as a share of the highest.
-
-    It rises in a line from ``start`` to 1 over the warm-up, then falls to ``final``: in a line
-    (one-cycle), along half a cosine, or not at all (constant).
-    """
+def schedule_factor(step: int, *, config: ScheduleConfig, steps_per_epoch: int) -> float:
+    """The learning rate of a step (counted from 0) as a share of the highest; see
+    :class:`fastresnet.train.config.ScheduleConfig`."""
+    total_steps = config.epochs * steps_per_epoch
+    if config.kind == "cyclical":
+        place = step * config.cycles / total_steps % 1.0
+        return config.start + (1 - config.start) * (1 - abs(2 * place - 1))
     warmup_steps = config.warmup * total_steps
     if step < warmup_steps:
         return config.start + (1 - config.start) * step / warmup_steps
@@ -53,6 +70,10 @@ def schedule_factor(step: int, *, config: ScheduleConfig, total_steps: int) -> f
     match config.kind:
         case "constant":
             return 1.0
+        case "step":
+            return config.gamma ** bisect_right(config.milestones, step // steps_per_epoch)
+        case "exponential":
+            return config.gamma ** (step // steps_per_epoch)
         case "cosine":
             fallen = (1 - math.cos(math.pi * fallen)) / 2
     return 1 - (1 - config.final) * fallen

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+_AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
+
 
 def resolve_device(choice: Literal["auto", "cpu", "cuda"]) -> torch.device:
     """The device to train on; "auto" takes a GPU where there is one."""
@@ -30,12 +32,17 @@ def computes_in_bf16(device: torch.device) -> bool:
 
 
 def resolve_amp(
-    choice: Literal["auto", "bf16", "none"], device: torch.device
+    choice: Literal["auto", "bf16", "fp16", "none"], device: torch.device
 ) -> torch.dtype | None:
     """The type of autocast on this device, or None for none."""
     if choice == "auto":
         choice = "bf16" if computes_in_bf16(device) else "none"
-    return torch.bfloat16 if choice == "bf16" else None
+    return _AMP[choice]
+
+
+def amp_name(dtype: torch.dtype | None) -> str:
+    """What a configuration calls the type of autocast."""
+    return next(name for name, known in _AMP.items() if known is dtype)
 
 
 def autocast(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager:

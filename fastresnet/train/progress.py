@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_T = TypeVar("_T")
 
 _SECONDS_BETWEEN_LINES = 30.0
 _SECONDS_BETWEEN_READS = 0.5
@@ -21,13 +25,16 @@ class EpochProgress(AbstractContextManager):
         console: where to print; a bar is drawn only if it is a terminal.
         title: what is in progress, as in "epoch 1/2 train".
         steps: steps in all.
+        done: how many of them were done before.
     """
 
-    def __init__(self, console: Console, title: str, steps: int) -> None:
+    def __init__(self, console: Console, title: str, steps: int, *, done: int = 0) -> None:
         self._console = console
         self._title = title
         self._steps = steps
-        self._done = 0
+        self._done = done
+        self._here = 0
+        self.waited = 0.0  # seconds in which there was no batch to work on
         self._images = 0
         self._bar = None
         if console.is_terminal:
@@ -40,7 +47,7 @@ class EpochProgress(AbstractContextManager):
                 console=console,
                 transient=True,
             )
-            self._task = self._bar.add_task(title, total=steps, note="")
+            self._task = self._bar.add_task(title, total=steps, completed=done, note="")
         self._interval = _SECONDS_BETWEEN_READS if self._bar else _SECONDS_BETWEEN_LINES
 
     def __enter__(self) -> EpochProgress:
@@ -59,13 +66,37 @@ class EpochProgress(AbstractContextManager):
             self._bar.stop()
 
     @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._begin
+
+    @property
+    def images(self) -> int:
+        """Images since the start."""
+        return self._images
+
+    @property
     def images_per_second(self) -> float:
         """Images a second since the start."""
-        return self._images / max(time.perf_counter() - self._begin, 1e-9)
+        return self._images / max(self.seconds, 1e-9)
+
+    def timed(self, batches: Iterable[_T]) -> Iterator[_T]:
+        """The batches, the time until each is there counted in ``waited``."""
+        iterator = iter(batches)
+        while True:
+            begin = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.perf_counter() - begin
+            yield batch
 
     def advance(self, images: int) -> bool:
         """Counts a step of ``images`` images; True where it is time to :meth:`show` a note."""
         self._done += 1
+        self._here += 1
         self._images += images
         if self._bar:
             self._bar.advance(self._task)
@@ -76,11 +107,14 @@ class EpochProgress(AbstractContextManager):
         return True
 
     def show(self, note: str) -> None:
-        """Shows the note beside the steps and the speed."""
-        text = f"{self.images_per_second:.0f} images/s  {note}"
+        """Shows the note beside the steps, the speed, and the share of time spent waiting."""
+        waiting = self.waited / max(self.seconds, 1e-9)
+        text = f"{self.images_per_second:.0f} images/s  data {waiting:.0%}  {note}"
         if self._bar:
             self._bar.update(self._task, note=text)
         else:
+            left = self.seconds / max(self._here, 1) * (self._steps - self._done)
             self._console.print(
-                f"{self._title}  step {self._done}/{self._steps}  {text}", highlight=False
+                f"{self._title}  step {self._done}/{self._steps}  {text}  {left:.0f} s left",
+                highlight=False,
             )

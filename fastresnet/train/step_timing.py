@@ -61,6 +61,7 @@ def time_steps(
     optim: OptimConfig,
     amp: torch.dtype | None,
     steps: int,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> StepTiming:
     """Times ``steps`` training steps of each network; neither is changed.
 
@@ -68,6 +69,7 @@ def time_steps(
         model, peer: networks with the same ``state_dict`` names and shapes, on one device; the
             peer is timed with the model's weights.
         images, labels: one batch, [B, C, S, S] in channels_last and [B], on that device.
+        loss: of the outputs, in float32, and the labels.
 
     Raises:
         RuntimeError: the two do not have the same parameters and buffers.
@@ -83,7 +85,7 @@ def time_steps(
         for network in (model, peer)
     ]
     step_functions = [
-        _training_step(network, images, labels, optim, amp) for network in (model, peer)
+        _training_step(network, images, labels, optim, amp, loss) for network in (model, peer)
     ]
     seconds: tuple[list[float], list[float]] = ([], [])
     for repeat in range(_WARMUP_STEPS + steps):
@@ -133,6 +135,7 @@ def _training_step(
     labels: Tensor,
     optim: OptimConfig,
     amp: torch.dtype | None,
+    loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Callable[[], None]:
     network.train()
     optimizer = build_optimizer(network, optim)
@@ -140,8 +143,8 @@ def _training_step(
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with autocast(amp, images.device):
-            loss = F.cross_entropy(network(images).float(), labels)
-        loss.backward()
+            value = loss(network(images).float(), labels)
+        value.backward()
         optimizer.step()
 
     return step
