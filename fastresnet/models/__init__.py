@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchvision's networks on the fused operators, and ``convert`` for any other."""
+"""torchvision's networks and some smaller ones on the fused operators, and ``convert`` for any
+other."""
 
 from .convert import convert, revert
+from .lab3 import lab3_head
+from .projection import resnet50_projection
 from .resnet import (
     ResNet,
     ResNet18_Weights,
@@ -25,7 +28,8 @@ from .resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
-from .small import cifar_resnet18
+from .simple_cnn import simple_cnn
+from .small import cifar_resnet18, resnet18_truncated
 from .vgg import (
     VGG,
     VGG11_BN_Weights,
@@ -57,15 +61,19 @@ __all__ = [
     "Wide_ResNet101_2_Weights",
     "cifar_resnet18",
     "convert",
+    "lab3_head",
     "resnet18",
+    "resnet18_truncated",
     "resnet34",
     "resnet50",
+    "resnet50_projection",
     "resnet101",
     "resnet152",
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
     "revert",
+    "simple_cnn",
     "vgg11_bn",
     "vgg13_bn",
     "vgg16_bn",
