@@ -4,7 +4,9 @@ other."""
 
 from .convert import convert, revert
 from .lab3 import lab3_head
+from .pretrained import WeightsError, load_pretrained
 from .projection import resnet50_projection
+from .registry import MODELS, build_model
 from .resnet import (
     ResNet,
     ResNet18_Weights,
@@ -43,6 +45,7 @@ from .vgg import (
 )
 
 __all__ = [
+    "MODELS",
     "VGG",
     "ResNeXt50_32X4D_Weights",
     "ResNeXt101_32X8D_Weights",
@@ -57,11 +60,14 @@ __all__ = [
     "VGG13_BN_Weights",
     "VGG16_BN_Weights",
     "VGG19_BN_Weights",
+    "WeightsError",
     "Wide_ResNet50_2_Weights",
     "Wide_ResNet101_2_Weights",
+    "build_model",
     "cifar_resnet18",
     "convert",
     "lab3_head",
+    "load_pretrained",
     "resnet18",
     "resnet18_truncated",
     "resnet34",
