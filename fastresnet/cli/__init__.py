@@ -50,6 +50,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--threads", type=_positive, metavar="N", help="CPU threads to use")
 
+    summary = commands.add_parser(
+        "summary", help="show a network's layers, output shapes, parameters and operations"
+    )
+    summary.add_argument("model", metavar="MODEL", help="a factory of fastresnet.models")
+    summary.add_argument(
+        "--input",
+        type=_image_shape,
+        required=True,
+        metavar="CxHxW",
+        help="channels, height and width of an image, as in 3x32x32",
+    )
+    summary.add_argument(
+        "--classes", type=_positive, metavar="N", help="width of the output (default: the model's)"
+    )
+
     commands.add_parser("info", help="show versions, what was built and which kernels are active")
     return parser
 
@@ -83,3 +98,10 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
     return number
+
+
+def _image_shape(text: str) -> tuple[int, ...]:
+    sizes = text.split("x")
+    if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"expected CxHxW as in 3x32x32, got {text!r}")
+    return tuple(map(int, sizes))

@@ -32,6 +32,7 @@ from .resnet import (
 )
 from .simple_cnn import simple_cnn
 from .small import cifar_resnet18, resnet18_truncated
+from .summary import LayerSummary, ModelSummary, summarize
 from .vgg import (
     VGG,
     VGG11_BN_Weights,
@@ -47,6 +48,8 @@ from .vgg import (
 __all__ = [
     "MODELS",
     "VGG",
+    "LayerSummary",
+    "ModelSummary",
     "ResNeXt50_32X4D_Weights",
     "ResNeXt101_32X8D_Weights",
     "ResNeXt101_64X4D_Weights",
@@ -80,6 +83,7 @@ __all__ = [
     "resnext101_64x4d",
     "revert",
     "simple_cnn",
+    "summarize",
     "vgg11_bn",
     "vgg13_bn",
     "vgg16_bn",
