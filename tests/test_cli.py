@@ -36,8 +36,9 @@ sys.exit(main(sys.argv[1:]))
 TINY = [
     *("--set", "schedule.epochs=2"),
     *("--set", "schedule.sizes=8,16"),
-    *("--set", "data.image_size=32"),
+    *("--set", "augment.size=32"),
     *("--set", "timed_steps=1"),
+    *("--set", "tensorboard=false"),
 ]
 
 
@@ -78,7 +79,9 @@ def test_a_whole_run_falls_back_to_digits_and_resumes(
         "curves.png",
         "environment.json",
         "last.pt",
+        "metrics.csv",
         "metrics.jsonl",
+        "predictions.npz",
         "summary.json",
     }
     for picture in ("curves.png", "confusion.png"):
@@ -89,6 +92,8 @@ def test_a_whole_run_falls_back_to_digits_and_resumes(
     assert summary["dataset"] == "digits"
     assert summary["test_accuracy"] > 0.2  # chance is 0.1
     assert summary["threads"] == 1
+    assert summary["test"]["majority"] < summary["test_accuracy"]
+    assert len(summary["test"]["recall"]) == 10
     metrics = (folder / "metrics.jsonl").read_text().splitlines()
     events = [json.loads(line)["event"] for line in metrics]
     assert events == ["epoch", "epoch", "test", "step_timing"]
@@ -106,6 +111,16 @@ def test_a_whole_run_falls_back_to_digits_and_resumes(
         assert cli.main([*arguments, "--resume", "--set", "optim.lr=0.01"]) == 2
         error = capsys.readouterr().err
         assert "--resume: expected the recipe and settings of run/config.json" in error
+
+        # The best weights once more, from the folder and from the file by itself.
+        evaluation = ["eval", "run", "--threads", "1", "--output", "evaluation"]
+        assert cli.main(evaluation) == 0
+        assert f"{summary['test_accuracy']:.2%} on 360 images" in capsys.readouterr().out
+        facts = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+        assert facts["loss"] == pytest.approx(summary["test_loss"], rel=1e-4)
+        assert cli.main(["eval", "run/best.safetensors", "--threads", "1"]) == 0
+        assert cli.main(["eval", "run/last.pt"]) == 2
+        assert "expected a safetensors file" in capsys.readouterr().err
 
         # Finished before: only the test, the report and the timing are left to do.
         assert cli.main([*arguments, "--resume"]) == 0
@@ -126,11 +141,22 @@ def no_network(root: Path) -> None:
         (["train", "imagenet"], "invalid choice: 'imagenet'"),
         (["train", "digits", "--threads", "0"], "expected at least 1, got 0"),
         (["train", "digits", "--set", "optim.rate=1"], "no setting 'optim.rate'; there are: "),
-        (["train", "digits", "--set", "data.dataset=mnist"], "expected digits or fashion-mnist"),
-        (["train", "digits", "--set", "model.name=alexnet"], "expected one of cifar_resnet18"),
+        (
+            ["train", "digits", "--set", "data.dataset=absent"],
+            "data.dataset: expected one of digit",
+        ),
+        (["train", "retinopathy-resnet18"], "or a folder, as --data gives, got 'retinopathy'"),
+        (["train", "digits", "--set", "data.validation=none"], "expected a validation part, got"),
+        (["train", "digits", "--set", "model.name=alexnet"], "got 'alexnet'"),
+        (["train", "digits", "--pretrained", "absent.pt"], "got 'absent.pt'"),
+        (
+            ["train", "digits", *("--set", "model.head=lab3"), *("--set", "model.name=vgg11_bn")],
+            "model: expected a ResNet",
+        ),
         (["train", "digits", "--set", "data.batch_size=5000"], "one full batch of 5000 images"),
         (["train", "digits", "--resume"], "--resume: expected --output"),
-        (["train", "digits", "--resume", "--output", "."], "a run with a finished epoch in ., got"),
+        (["train", "digits", "--resume", "--output", "."], "expected the folder of a run, got ."),
+        (["eval", "absent"], "expected the folder of a run, or a file of its weights, got absent"),
         ([], "required: COMMAND"),
     ],
 )

@@ -46,7 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in --output after the last epoch that it finished",
+        help="go on with the run in --output where it was saved last",
+    )
+    train.add_argument(
+        "--pretrained",
+        metavar="WEIGHTS",
+        help="start from a file of weights, or from torchvision's, as in "
+        "ResNet18_Weights.IMAGENET1K_V1",
     )
     train.add_argument("--threads", type=_positive, metavar="N", help="CPU threads to use")
 
@@ -64,6 +70,29 @@ def build_parser() -> argparse.ArgumentParser:
     summary.add_argument(
         "--classes", type=_positive, metavar="N", help="width of the output (default: the model's)"
     )
+    evaluation = commands.add_parser("eval", help="evaluate the best weights of a run")
+    evaluation.add_argument(
+        "run", type=Path, metavar="RUN|WEIGHTS", help="a run's folder, or its best.safetensors"
+    )
+    evaluation.add_argument("--data", type=Path, metavar="DIR", help="the data set's folder")
+    evaluation.add_argument(
+        "--part",
+        choices=("train", "validation", "test"),
+        default="test",
+        help="the part of the data set (default: test)",
+    )
+    evaluation.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="overrides",
+        help="change a setting of the run, as in --set evaluation.flips=true",
+    )
+    evaluation.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for predictions and confusion matrix"
+    )
+    evaluation.add_argument("--threads", type=_positive, metavar="N", help="CPU threads to use")
 
     commands.add_parser("info", help="show versions, what was built and which kernels are active")
     return parser

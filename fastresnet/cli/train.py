@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Sequence
@@ -11,31 +12,32 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torchvision
 from rich.console import Console
-from torch import nn
 
 from fastresnet import models
 from fastresnet.cli.info import environment
-from fastresnet.data import (
-    Augment,
-    DatasetNotFoundError,
-    ImageDataset,
-    TensorLoader,
-    load_digits,
-    load_fashion_mnist,
+from fastresnet.cli.wiring import (
+    Dataset,
+    build_loader,
+    build_network,
+    build_objective,
+    open_data,
+    shown,
+    split,
 )
+from fastresnet.data import DatasetNotFoundError
+from fastresnet.nn import sync_batch_norm
 from fastresnet.train import RECIPES, ConfigError, Recipe, apply_overrides
+from fastresnet.train.batches import to_device
 from fastresnet.train.config import to_dict
-from fastresnet.train.loop import Trainer, to_device
-from fastresnet.train.precision import resolve_amp, resolve_device
-from fastresnet.train.report import (
-    append_jsonl,
-    plot_confusion,
-    plot_curves,
-    write_confusion,
-    write_json,
-)
+from fastresnet.train.distributed import World, process_group
+from fastresnet.train.journal import Journal
+from fastresnet.train.loop import Trainer
+from fastresnet.train.metrics import Evaluation
+from fastresnet.train.precision import amp_name, resolve_amp, resolve_device
+from fastresnet.train.predictions import write_predictions
+from fastresnet.train.report import plot_confusion, plot_curves, write_confusion, write_json
+from fastresnet.train.revision import source_revision
 from fastresnet.train.step_timing import StepTiming, format_timing, time_steps
 
 
@@ -46,101 +48,127 @@ def run(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     if arguments.resume and arguments.output is None:
         raise ConfigError("--resume: expected --output with the folder of the run, got none")
-    recipe, dataset = _load(arguments.recipe, arguments.overrides, arguments.data, console)
-    folder = arguments.output or Path("runs", f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    try:
-        train_recipe(recipe, dataset, folder=folder, resume=arguments.resume, console=console)
-    except KeyboardInterrupt:
-        console.print(
-            "interrupted; to go on after the last finished epoch, give the same command with "
-            f"--output {folder} --resume",
-            highlight=False,
-        )
-        return 130
+    overrides = list(arguments.overrides)
+    if arguments.pretrained is not None:
+        overrides.append(f"model.pretrained={arguments.pretrained}")
+    recipe, dataset = _load(arguments.recipe, overrides, arguments.data, console)
+    with process_group(resolve_device(recipe.device)) as world:
+        if not world.writes:
+            console = Console(quiet=True)
+        if world.size > 1 and arguments.output is None:
+            raise ConfigError("expected --output, the same for all processes, got none")
+        folder = arguments.output or Path("runs", f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        try:
+            train_recipe(
+                recipe,
+                dataset,
+                folder=folder,
+                resume=arguments.resume,
+                console=console,
+                world=world,
+            )
+        except KeyboardInterrupt:
+            console.print(
+                "interrupted; to go on where it was saved last, give the same command with "
+                f"--output {folder} --resume",
+                highlight=False,
+            )
+            return 130
     return 0
 
 
 def train_recipe(
-    recipe: Recipe, dataset: ImageDataset, *, folder: Path, resume: bool, console: Console
+    recipe: Recipe,
+    dataset: Dataset,
+    *,
+    folder: Path,
+    resume: bool,
+    console: Console,
+    world: World | None = None,
 ) -> None:
     """Trains the recipe on the data set, tests the best weights, and writes the report."""
     begin = time.perf_counter()
+    world = world or World()
+    torch.use_deterministic_algorithms(recipe.deterministic)
     device = resolve_device(recipe.device)
     amp = resolve_amp(recipe.amp, device)
+    parts = split(recipe, dataset)
+    train_loader, val_loader, test_loader = (
+        build_loader(recipe, part, training=training, device=device, world=world)
+        for part, training in ((parts.train, True), (parts.validation, False), (parts.test, False))
+    )
+    objective = build_objective(recipe, dataset, parts.train.labels)
+    model = build_network(recipe, dataset, outputs=objective.outputs).to(device)
+    if world.size > 1 and recipe.sync_batch_norm:
+        sync_batch_norm(model)
     console.print(
-        f"{recipe.model.name} on {dataset.name} from {dataset.source}: "
-        f"{len(dataset.train)} training and {len(dataset.test)} test images; {device.type}, "
-        f"{'bf16 autocast' if amp else 'float32'}, {torch.get_num_threads()} threads",
+        f"{recipe.model.name} on {dataset.name} from {dataset.source}: {len(parts.train)} "
+        f"training, {len(parts.validation)} validation and {len(parts.test)} test images "
+        f"({train_loader.description}); {device.type}, "
+        f"{'float32' if amp is None else f'{amp_name(amp)} autocast'}, "
+        f"{torch.get_num_threads()} threads"
+        + (f", {world.size} processes" if world.size > 1 else ""),
         highlight=False,
     )
-    train_set, val_set = dataset.train.split(recipe.data.validation, seed=recipe.seed)
-    augment = Augment(
-        size=recipe.data.image_size,
-        resize=min(dataset.train.images.shape[1:3]),
-        crop="random",
-        padding=recipe.data.padding,
-        hflip=recipe.data.flip,
-        mean=recipe.data.mean,
-        std=recipe.data.std,
+    # After everything that bad settings stop.
+    if world.writes:
+        _prepare_folder(folder, recipe, resume=resume)
+    world.barrier()
+    trainer = Trainer(
+        model,
+        train_loader,
+        val_loader,
+        recipe,
+        objective,
+        folder=folder,
+        console=console,
+        world=world,
     )
-    train_loader, val_loader, test_loader = (
-        TensorLoader(
-            image_set,
-            augment,
-            batch_size=recipe.data.batch_size,
-            training=training,
-            seed=recipe.seed,
-            drop_last=training,
-        )
-        for image_set, training in ((train_set, True), (val_set, False), (dataset.test, False))
-    )
-    torch.manual_seed(recipe.seed)
-    model = _build_model(recipe.model.name, dataset).to(device)
-    _prepare_folder(folder, recipe, resume=resume)  # after everything that bad settings stop
-    trainer = Trainer(model, train_loader, val_loader, recipe, folder=folder, console=console)
     if resume:
         trainer.resume()
     history = trainer.fit()
-    plot_curves(folder / "curves.png", history, title=f"{recipe.name}: {recipe.model.name}")
 
     test = trainer.test(test_loader)
-    metrics = folder / "metrics.jsonl"
-    append_jsonl(
-        metrics,
-        {
-            "event": "test",
-            "epoch": history.best.epoch,
-            "loss": test.loss,
-            "accuracy": test.accuracy,
-        },
+    if not world.writes:
+        return
+    evaluation = test.evaluation
+    figures = evaluation.figures(
+        ordinal=recipe.evaluation.ordinal, referable=recipe.evaluation.referable
     )
+    journal = Journal(folder, tensorboard=False, console=console)
+    journal.write("test", epoch=history.best.epoch, **figures)
     console.print(
-        f"test accuracy {test.accuracy:.2%} on {test.images} images, with the weights of epoch "
-        f"{history.best.epoch} (validation accuracy {history.best.val_accuracy:.2%})",
+        f"{format_figures(evaluation, ordinal=recipe.evaluation.ordinal)}, with the weights of "
+        f"epoch {history.best.epoch} (validation accuracy {history.best.val_accuracy:.2%})",
         highlight=False,
     )
+    write_predictions(folder / "predictions.npz", evaluation, shown(test_loader, parts.test))
+    write_confusion(folder, evaluation.confusion, dataset.classes)
+    plot_curves(folder / "curves.png", history, title=f"{recipe.name}: {recipe.model.name}")
     plot_confusion(
         folder / "confusion.png",
-        test.confusion,
+        evaluation.confusion,
         dataset.classes,
-        title=f"{recipe.name}: {test.accuracy:.2%} of {test.images:,} test images right",
+        title=(
+            f"{recipe.name}: {evaluation.accuracy:.2%} of {evaluation.images:,} test images right"
+        ),
     )
-    write_confusion(folder, test.confusion, dataset.classes)
 
     timing = None
-    if recipe.timed_steps:
+    if recipe.timed_steps and world.size == 1:
         train_loader.set_epoch(0, image_size=history.rows[-1].image_size)
         images, labels = to_device(*next(iter(train_loader)), device)
         timing = time_steps(
             model,
-            _torchvision_peer(recipe.model.name, dataset),
+            models.revert(copy.deepcopy(model)),
             images,
             labels,
             optim=recipe.optim,
             amp=amp,
             steps=recipe.timed_steps,
+            loss=objective.loss,
         )
-        append_jsonl(metrics, {"event": "step_timing", **_timing_row(timing)})
+        journal.write("step_timing", **_timing_row(timing))
         console.print(format_timing(timing, peer="torchvision"), highlight=False)
     write_json(
         folder / "summary.json",
@@ -148,12 +176,17 @@ def train_recipe(
             "recipe": recipe.name,
             "dataset": dataset.name,
             "source": dataset.source,
-            "test_accuracy": test.accuracy,
-            "test_loss": test.loss,
+            "classes": list(dataset.classes),
+            "test_accuracy": evaluation.accuracy,
+            "test_loss": evaluation.loss,
+            "test": figures,
+            "thresholds": None if test.thresholds is None else test.thresholds.tolist(),
             "best": asdict(history.best),
             "device": device.type,
-            "amp": "bf16" if amp else "none",
+            "amp": amp_name(amp),
             "threads": torch.get_num_threads(),
+            "processes": world.size,
+            "loader": train_loader.description,
             "seconds": time.perf_counter() - begin,
             "step_timing": timing and _timing_row(timing),
         },
@@ -161,23 +194,31 @@ def train_recipe(
     console.print(f"written to {folder}", highlight=False)
 
 
+def format_figures(evaluation: Evaluation, *, ordinal: bool) -> str:
+    """The line that a test prints, beside what calling everything one class would give."""
+    line = (
+        f"test accuracy {evaluation.accuracy:.2%} on {evaluation.images} images "
+        f"({evaluation.majority:.2%} are of the most frequent class)"
+    )
+    if not ordinal:
+        return line
+    kappa = "undefined" if evaluation.kappa is None else f"{evaluation.kappa:.4f}"
+    return f"{line}, quadratic weighted kappa {kappa}"
+
+
 def _load(
     name: str, overrides: Sequence[str], root: Path | None, console: Console
-) -> tuple[Recipe, ImageDataset]:
+) -> tuple[Recipe, Dataset]:
     """The recipe and its data set; the digits' recipe where Fashion-MNIST cannot be had."""
     recipe = apply_overrides(RECIPES[name](), overrides)
-    match recipe.data.dataset:
-        case "digits":
-            return recipe, load_digits()
-        case "fashion-mnist":
-            pass
-        case other:
-            raise ConfigError(f"data.dataset: expected digits or fashion-mnist, got {other!r}")
     try:
-        return recipe, load_fashion_mnist(root)
+        return recipe, open_data(recipe, root)
     except DatasetNotFoundError as error:
+        if recipe.data.dataset != "fashion-mnist":
+            raise
         console.print(f"{error}; training on scikit-learn's real handwritten digits instead")
-        return apply_overrides(RECIPES["digits"](), overrides), load_digits()
+    recipe = apply_overrides(RECIPES["digits"](), overrides)
+    return recipe, open_data(recipe, None)
 
 
 def _prepare_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
@@ -185,10 +226,8 @@ def _prepare_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
     config = folder / "config.json"
     resolved = json.loads(json.dumps(to_dict(recipe)))
     if resume:
-        if not (folder / "last.pt").is_file():
-            raise ConfigError(
-                f"--resume: expected a run with a finished epoch in {folder}, got none"
-            )
+        if not config.is_file():
+            raise ConfigError(f"--resume: expected the folder of a run, got {folder}")
         if json.loads(config.read_text()) != resolved:
             raise ConfigError(
                 f"--resume: expected the recipe and settings of {config}, got other ones"
@@ -197,25 +236,12 @@ def _prepare_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--output: expected a new or empty folder, got {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(config, resolved)
-    write_json(folder / "environment.json", environment())
+    write_json(folder / "environment.json", {**environment(), "source": _source()})
+    write_json(config, resolved)  # the last: a folder with it is a run's
 
 
-def _build_model(name: str, dataset: ImageDataset) -> nn.Module:
-    known = [factory for factory in models.__all__ if factory.startswith("cifar_")]
-    if name not in known:
-        raise ConfigError(f"model.name: expected one of {', '.join(known)}, got {name!r}")
-    return getattr(models, name)(num_classes=len(dataset.classes), in_channels=dataset.channels)
-
-
-def _torchvision_peer(name: str, dataset: ImageDataset) -> nn.Module:
-    """torchvision's network of the same shape: its ResNet with the stem for small images."""
-    peer = torchvision.models.get_model(
-        name.removeprefix("cifar_"), weights=None, num_classes=len(dataset.classes)
-    )
-    peer.conv1 = nn.Conv2d(dataset.channels, 64, kernel_size=3, padding=1, bias=False)
-    peer.maxpool = nn.Identity()
-    return peer
+def _source() -> dict[str, str]:
+    return {"revision": source_revision() or "unknown: not run from a clone"}
 
 
 def _timing_row(timing: StepTiming) -> dict[str, object]:

@@ -4,5 +4,13 @@
 from .batch_norm import BatchNormAct2d
 from .blocks import BasicBlock, Bottleneck
 from .sequential import FusedSequential
+from .sync import SyncBatchNorm, sync_batch_norm
 
-__all__ = ["BasicBlock", "BatchNormAct2d", "Bottleneck", "FusedSequential"]
+__all__ = [
+    "BasicBlock",
+    "BatchNormAct2d",
+    "Bottleneck",
+    "FusedSequential",
+    "SyncBatchNorm",
+    "sync_batch_norm",
+]

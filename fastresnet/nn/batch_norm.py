@@ -21,7 +21,10 @@ from torch.nn.modules import module as module_hooks
 
 from .. import _extension, ops
 from ..ops import Fork
+from .running_stats import update_running_stats
+from .sync import SyncBatchNorm
 
+_BATCH_NORMS = (nn.BatchNorm2d, SyncBatchNorm)
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 
 
@@ -65,7 +68,7 @@ def fused_call(function: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) 
         if is_relu(function):
             return x.relu()
         x = x.apply()
-    elif type(function) is nn.BatchNorm2d and not args and not kwargs and not has_hooks(function):
+    elif type(function) in _BATCH_NORMS and not args and not kwargs and not has_hooks(function):
         pending = begin_batch_norm(function, x)
         if pending is not None:
             return pending
@@ -144,7 +147,7 @@ def materialize(x: Any) -> Any:
     return x.apply() if isinstance(x, PendingBatchNorm) else x
 
 
-def begin_batch_norm(bn: nn.BatchNorm2d, x: Any) -> PendingBatchNorm | None:
+def begin_batch_norm(bn: nn.BatchNorm2d | SyncBatchNorm, x: Any) -> PendingBatchNorm | None:
     """The first half of ``bn(x)``, or None (and nothing done) where the kernels cannot take over.
 
     Chooses the statistics and updates the running ones exactly as ``nn.BatchNorm2d.forward``.
@@ -155,6 +158,10 @@ def begin_batch_norm(bn: nn.BatchNorm2d, x: Any) -> PendingBatchNorm | None:
     x = to_kernel_layout(x)
     if not ops.has_kernel(x) or x.shape[1] != bn.num_features:
         return None
+    if isinstance(bn, SyncBatchNorm) and bn.is_shared():
+        mean, var, weight, bias, count = bn.share(x)
+        bn.remember(mean, var, count)
+        return PendingBatchNorm(x, mean, var, weight, bias, bn.eps, training=False)
     if not bn.training and bn.running_mean is not None:
         mean, var, training = bn.running_mean, bn.running_var, False
     else:
@@ -226,32 +233,12 @@ def is_transformed(x: Any) -> bool:
     )
 
 
-def update_running_stats(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    factor = 0.0 if bn.momentum is None else bn.momentum
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:  # a cumulative average
-            factor = 1.0 / float(bn.num_batches_tracked)
-    if bn.running_mean is None:
-        return
-    _move_towards(bn.running_mean, mean, factor)
-    _move_towards(bn.running_var, var * (count / (count - 1)), factor)  # kept unbiased
-
-
-def _move_towards(running: Tensor, value: Tensor, factor: float) -> None:
-    if running.dtype == value.dtype:
-        running.lerp_(value, factor)
-    else:  # in the wider dtype, rounded once
-        wide = torch.promote_types(running.dtype, value.dtype)
-        running.copy_(torch.lerp(running.to(wide), value.to(wide), factor))
-
-
 class BatchNormAct2d(nn.BatchNorm2d):
     """Batch norm and ReLU as one module, for networks of your own.
 
     Parameters, buffers and arguments are those of :class:`torch.nn.BatchNorm2d`.
-    ``nn.SyncBatchNorm.convert_sync_batchnorm`` would lose the ReLU: for synchronised training use
-    ``nn.BatchNorm2d`` and ``nn.ReLU``, which :func:`fastresnet.convert` fuses as well.
+    Synchronised training, torch's or :func:`fastresnet.nn.sync_batch_norm`, would lose the ReLU:
+    for that use ``nn.BatchNorm2d`` and ``nn.ReLU``, which :func:`fastresnet.convert` fuses as well.
     """
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .. import _extension, ops
 from ..ops import ConvGradients, Normalized
-from .batch_norm import has_hooks, is_transformed, update_running_stats
+from .batch_norm import has_hooks, is_transformed
+from .running_stats import update_running_stats
 
 # Up to this width of a map the vector kernels, which multiply the padding between its rows too, are
 # slower than torch's.

@@ -44,7 +44,7 @@ class DataConfig:
             self.validation,
         )
         _require(
-            self.workers is None or self.workers > 0, "data.workers", "1 or more", self.workers
+            self.workers is None or self.workers > 0, "data.workers", "at least 1", self.workers
         )
 
 

@@ -85,7 +85,8 @@ class Objective:
 
 
 def _interpolate(grades: Tensor, thresholds: Tensor) -> Tensor:
-    """The map of slope 1 outside the thresholds, linear between, that takes them to 0.5, 1.5, ..."""
+    """The map, of slope 1 outside the thresholds and linear between, that takes them to 0.5, 1.5
+    and so on."""
     halves = torch.arange(len(thresholds), device=grades.device) + 0.5
     index = torch.searchsorted(thresholds, grades.contiguous(), right=True)
     low = (index - 1).clamp(min=0)

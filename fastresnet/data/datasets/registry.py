@@ -103,7 +103,7 @@ LAYOUTS = {
     )
 }
 
-_BY_NAME: dict[str, Callable[[Path | None], ImageDataset]] = {
+PUBLISHED: dict[str, Callable[[Path | None], ImageDataset]] = {
     "digits": lambda root: digits.load_digits(),
     "mnist": mnist.load_mnist,
     "fashion-mnist": fashion_mnist.load_fashion_mnist,
@@ -193,11 +193,11 @@ def load_dataset(name_or_folder: str | Path, root: Path | None = None) -> Datase
     Raises:
         DatasetError: as the loaders say.
     """
-    if isinstance(name_or_folder, str) and name_or_folder in _BY_NAME:
-        return _BY_NAME[name_or_folder](root)
+    if isinstance(name_or_folder, str) and name_or_folder in PUBLISHED:
+        return PUBLISHED[name_or_folder](root)
     path = Path(name_or_folder)
     if not path.exists():
         raise DatasetNotFoundError(
-            f"expected one of {', '.join(_BY_NAME)}, or a folder, got {str(name_or_folder)!r}"
+            f"expected one of {', '.join(PUBLISHED)}, or a folder, got {str(name_or_folder)!r}"
         )
     return open_dataset(path)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastresnet eval``: a trained network on a data set."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+
+from fastresnet.cli.train import format_figures
+from fastresnet.cli.wiring import (
+    build_loader,
+    build_network,
+    build_objective,
+    open_data,
+    shown,
+    split,
+)
+from fastresnet.train import ConfigError, Recipe, apply_overrides
+from fastresnet.train.checkpoint import CheckpointError, load_weights
+from fastresnet.train.distributed import World
+from fastresnet.train.evaluate import evaluate
+from fastresnet.train.overrides import from_dict
+from fastresnet.train.precision import resolve_amp, resolve_device
+from fastresnet.train.predictions import write_predictions
+from fastresnet.train.report import write_confusion, write_json
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluates and prints; returns the exit status."""
+    console = Console(soft_wrap=True)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    weights, recipe, image_size, thresholds = _read(arguments.run)
+    recipe = apply_overrides(recipe, arguments.overrides)
+    dataset = open_data(recipe, arguments.data)
+    part = getattr(split(recipe, dataset), arguments.part)
+    device = resolve_device(recipe.device)
+    world = World()
+    loader = build_loader(recipe, part, training=False, device=device, world=world)
+    objective = build_objective(recipe, dataset, dataset.train.labels)
+    model = build_network(recipe, dataset, outputs=objective.outputs).to(device)
+    load_weights(weights, model)
+    model.to(memory_format=torch.channels_last)
+    loader.set_epoch(0, image_size=image_size)
+    evaluation = evaluate(
+        model,
+        loader,
+        objective,
+        amp=resolve_amp(recipe.amp, device),
+        console=console,
+        title=arguments.part,
+        flips=recipe.evaluation.flips,
+        thresholds=thresholds,
+    )
+    ordinal = recipe.evaluation.ordinal
+    line = format_figures(evaluation, ordinal=ordinal).removeprefix("test ")
+    console.print(f"{arguments.part} part of {dataset.source}: {line}", highlight=False)
+    figures = evaluation.figures(ordinal=ordinal, referable=recipe.evaluation.referable)
+    for name, recall in zip(dataset.classes, figures["recall"], strict=True):
+        text = "no images" if recall is None else f"{recall:.2%}"
+        console.print(f"  recall of {name}: {text}", highlight=False)
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        write_confusion(arguments.output, evaluation.confusion, dataset.classes)
+        write_predictions(arguments.output / "predictions.npz", evaluation, shown(loader, part))
+        write_json(arguments.output / "evaluation.json", {"source": dataset.source, **figures})
+        console.print(f"written to {arguments.output}", highlight=False)
+    return 0
+
+
+def _read(path: Path) -> tuple[Path, Recipe, int | None, torch.Tensor | None]:
+    """The weights, their recipe, the image size they were chosen at, a regression's thresholds."""
+    weights = path / "best.safetensors" if path.is_dir() else path
+    if not weights.is_file():
+        raise ConfigError(f"expected the folder of a run, or a file of its weights, got {path}")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{weights}: expected a safetensors file, got: {error}") from error
+    if "run" not in metadata:
+        raise CheckpointError(f"{weights}: expected weights that name their recipe, got none")
+    run = json.loads(metadata["run"])
+    recipe = from_dict(run["recipe"])
+    thresholds = _summary(weights.parent).get("thresholds")
+    return (
+        weights,
+        recipe,
+        run["image_size"],
+        None if thresholds is None else torch.tensor(thresholds),
+    )
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
