@@ -108,8 +108,10 @@ Range rebase(std::vector<ResizedLine>& lines) {
   return used;
 }
 
-// Rows whose lines of cache fall into different sets, for walks down the columns.
-int64_t padded_stride(int64_t pixels) { return (pixels + 15) / 32 * 32 + 16; }
+int64_t whole_squares(int64_t pixels) { return (pixels + kSquare - 1) / kSquare * kSquare; }
+
+// An odd number of lines of cache, so that those of a column fall into different sets.
+int64_t padded_stride(int64_t pixels) { return whole_squares(pixels) / 32 * 32 + kSquare; }
 
 // The geometry of one image, and memory for its stages; one a thread.
 class Planner {
@@ -162,8 +164,10 @@ class Planner {
     p.v.origin -= rows.begin * (int64_t{1} << kPositionBits);
     p.stride = padded_stride(p.columns);
     p.sideways_stride = padded_stride(p.rows);
-    if (resized) p.sideways = pixels(sideways_, p.source_columns * p.sideways_stride);
-    if (resized || !has_wide_pixels(source)) p.upright = pixels(upright_, p.rows * p.stride);
+    if (resized)
+      p.sideways = pixels(sideways_, whole_squares(p.source_columns) * p.sideways_stride);
+    if (resized || !has_wide_pixels(source))
+      p.upright = pixels(upright_, whole_squares(p.rows) * p.stride);
   }
 
  private:

@@ -12,6 +12,9 @@ constexpr int kPositionBits = 32;
 // float, in whatever order a level adds them up.
 constexpr int kResizeBits = 16;
 
+// Resized pixels are transposed in squares: memory for them ends with a whole one both ways.
+constexpr int64_t kSquare = 16;
+
 // A row or column of the resized crop: a weighted sum of `count` of the source's, from `first`.
 struct ResizedLine {
   int64_t first, count;

@@ -2,7 +2,7 @@
 """The fused operators as differentiable functions, each with a plain-torch twin in
 :mod:`fastresnet.ops.reference`."""
 
-from . import reference
+from . import reference, reference_warp
 from .bn_act import (
     KERNEL_DTYPES,
     bn,
@@ -39,5 +39,6 @@ __all__ = [
     "has_kernel",
     "has_max_pool_kernel",
     "reference",
+    "reference_warp",
     "warp",
 ]

@@ -64,7 +64,7 @@ def warp(
 
         The resized crop is rounded to whole grey levels, once for each direction, as torchvision
         does with uint8; a crop that keeps its size is not touched. Interpolation in the turn is
-        within 1/30 of a grey level of exact, and pixels that a turn leaves whole (flips, right
+        within 1/32 of a grey level of exact, and pixels that a turn leaves whole (flips, right
         angles, shifts by whole pixels) are exact. All that is done in whole numbers, alike on every
         ISA level; colour, scale and shift are float32.
 
@@ -86,6 +86,8 @@ def warp(
         )
     elif out.shape[2:] != tuple(size):
         raise ValueError(f"warp: expected out of size {tuple(size)}, got {tuple(out.shape[2:])}")
+    elif out.requires_grad:
+        raise ValueError("warp: expected out that needs no gradient, got one that requires it")
     else:
         torch.autograd.graph.increment_version(out)  # the operator alone would go unnoticed
     if not _extension.is_active("cpu") or images.device.type != "cpu":

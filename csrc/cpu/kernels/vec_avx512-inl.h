@@ -7,7 +7,7 @@
 // elsewhere), load_lanes, store_lanes (bit i of the bytes is lane i; bits beyond a Part are 0),
 // exceeds (greater, or the first is NaN), select; Bytes, one a lane: broadcast_byte, select, equal,
 // load_bytes, store_bytes, widen (to floats), truncated (from floats in 0..255); transpose of 16 x
-// 16 floats, rows a stride apart; rounded, stream, finish_streams.
+// 16 floats or words, rows a stride apart; rounded, stream, finish_streams.
 
 constexpr int kWidth = 16;
 
@@ -114,7 +114,9 @@ inline void store_lanes(uint8_t* p, Lanes lanes, Part part) {
   std::memcpy(p, &bits, (part.count + 7) / 8);
 }
 
-inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+template <class T>
+inline void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+  static_assert(sizeof(T) == sizeof(float));
   // Pairs of rows, then of pairs, within 128 bits; then those by fours.
   __m512 a[16], b[16];
 #pragma GCC unroll 16

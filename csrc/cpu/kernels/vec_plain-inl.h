@@ -17,7 +17,8 @@ inline void stream(T* p, const Vec (&a)[32 / kWidth]) {
 
 inline void finish_streams() {}
 
-inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+template <class T>
+inline void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 16; ++j) to[j * to_stride + i] = from[i * from_stride + j];
 }

@@ -10,8 +10,8 @@
 
 template <int channels>
 inline uint32_t expanded(const uint8_t* p) {
-  uint32_t pixel = 0;
-  std::memcpy(&pixel, p, channels);
+  uint32_t pixel = p[0];
+  for (int i = 1; i < channels; ++i) pixel |= static_cast<uint32_t>(p[i]) << (8 * i);
   return pixel;
 }
 
@@ -27,25 +27,27 @@ inline void resize_row(const uint8_t* source, int64_t stride, int64_t count, con
   });
 }
 
-// The rows that `lines` asks for, `width` pixels each, as columns of `out`.
+// The rows that `lines` asks for, `width` pixels each, as columns of `out`. That has whole squares
+// of kSquare pixels to spare; what is written beyond the last row and column means nothing.
 template <int channels>
 void resize_rows(const uint8_t* source, int64_t source_stride, int64_t width,
                  const ResizedLine* lines, int64_t count, const float* weights, uint32_t* out,
                  int64_t out_stride) {
-  constexpr int64_t kRows = 16, kPixels = 64;
-  uint8_t block[kRows][kPixels * channels];
-  for (int64_t row = 0; row < count; row += kRows) {
-    const int64_t rows = std::min(kRows, count - row);
+  constexpr int64_t kPixels = 4 * kSquare;
+  uint8_t bytes[kPixels * channels];
+  uint32_t block[kSquare][kPixels] = {};
+  for (int64_t row = 0; row < count; row += kSquare) {
+    const int64_t rows = std::min(kSquare, count - row);
     for (int64_t x = 0; x < width; x += kPixels) {
       const int64_t pixels = std::min(kPixels, width - x);
       for (int64_t i = 0; i < rows; ++i) {
         const ResizedLine& line = lines[row + i];
         resize_row(source + line.first * source_stride + x * channels, source_stride, line.count,
-                   weights + line.weights, pixels * channels, block[i]);
+                   weights + line.weights, pixels * channels, bytes);
+        for (int64_t j = 0; j < pixels; ++j) block[i][j] = expanded<channels>(bytes + j * channels);
       }
-      for (int64_t j = 0; j < pixels; ++j)
-        for (int64_t i = 0; i < rows; ++i)
-          out[(x + j) * out_stride + row + i] = expanded<channels>(block[i] + j * channels);
+      for (int64_t j = 0; j < pixels; j += kSquare)
+        transpose(block[0] + j, kPixels, out + (x + j) * out_stride + row, out_stride);
     }
   }
 }
@@ -134,8 +136,8 @@ inline void store_pixels(T* out, int64_t count, Value value) {
 
 // Pixels [begin, end) of a walk from (u, v), all four neighbours of each being inside.
 template <int channels, class T, class Finish>
-inline void blend_inside(const View& view, int64_t u, int64_t v, const Walk& walk_u,
-                         const Walk& walk_v, Range range, const Finish& finish, T* out) {
+inline void blend_inside(View view, int64_t u, int64_t v, const Walk& walk_u, const Walk& walk_v,
+                         Range range, Finish finish, T* out) {
   constexpr int kGroup = 16;
   int64_t across_u[kGroup], across_v[kGroup];
   for (int i = 0; i < kGroup; ++i) {
