@@ -12,7 +12,9 @@ from torch import Tensor
 from fastresnet.data.datasets.errors import DatasetError
 from fastresnet.data.datasets.image_set import check_labels
 from fastresnet.data.datasets.split import hold_out
-from fastresnet.data.decode import ImageError
+from fastresnet.data.decode import Header, ImageError, read_header
+
+_HEAD_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,19 @@ def read_file(path: Path) -> bytes:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ImageError(f"expected a readable file, got: {reason}", kind="missing") from error
+
+
+def read_file_header(path: Path) -> Header:
+    """The header of an image file, from its beginning where that is enough.
+
+    Raises:
+        ImageError: there is no such file, or it is no image.
+    """
+    try:
+        with path.open("rb") as file:
+            return read_header(file.read(_HEAD_BYTES))
+    except (OSError, ImageError):
+        return read_header(read_file(path))
 
 
 @dataclass(frozen=True)
