@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastresnet import __version__
+from fastresnet.data.datasets.registry import LAYOUTS
 from fastresnet.train.recipes import RECIPES
 
 # The modules that pip install "fastresnet[train]" brings.
@@ -94,8 +95,72 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluation.add_argument("--threads", type=_positive, metavar="N", help="CPU threads to use")
 
+    _add_dataset(commands.add_parser("dataset", help="check, describe or prepare a data set"))
+
     commands.add_parser("info", help="show versions, what was built and which kernels are active")
     return parser
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        action = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        action.add_argument("data", metavar="DIR", help="the data set's folder")
+        action.add_argument(
+            "--layout",
+            choices=sorted(LAYOUTS),
+            metavar="LAYOUT",
+            help=f"how it lies there (default: as it is recognised): {', '.join(LAYOUTS)}",
+        )
+        action.add_argument(
+            "--threads", type=_positive, metavar="N", help="threads (default: one a processor)"
+        )
+        return action
+
+    check = add("check", "look at every label, file and header, and list all problems")
+    check.add_argument("--full", action="store_true", help="decode every image; find equal files")
+    check.add_argument("--json", action="store_true", help="print the report as JSON")
+
+    stats = add("stats", "count labels and sizes; compute class weights, mean and deviation")
+    stats.add_argument(
+        "--sample",
+        type=_positive,
+        metavar="N",
+        help="training images whose pixels are looked at (default: 1000 files, or all in memory)",
+    )
+    stats.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
+    stats.add_argument("--plot", type=Path, metavar="PNG", help="draw the figures into this file")
+    stats.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+    prepare = add("prepare", "write a copy at the size of training, once for all epochs")
+    prepare.add_argument(
+        "output", type=Path, metavar="OUT", help="folder for the copy; begun before: goes on"
+    )
+    prepare.add_argument(
+        "--size", type=_positive, default=512, metavar="PX", help="what training sees (512)"
+    )
+    prepare.add_argument(
+        "--headroom",
+        type=float,
+        default=1.25,
+        metavar="X",
+        help="the shorter side becomes size times this (1.25), to rotate and crop from",
+    )
+    prepare.add_argument(
+        "--crop-border", action="store_true", help="cut the black frame off photographs of eyes"
+    )
+    prepare.add_argument(
+        "--local-average",
+        action="store_true",
+        help="subtract the local average colour of photographs of eyes (Graham 2015)",
+    )
+    prepare.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="bad images: fail at the end (raise), or leave them and their labels out (skip)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
