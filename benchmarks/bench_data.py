@@ -32,6 +32,7 @@ from torchvision.transforms.v2 import functional
 from fastresnet.data import Augment, ImageSet, Loader, TensorLoader, make_loader
 from fastresnet.data.dali import dali_missing
 from fastresnet.data.datasets.file_set import FileSet
+from fastresnet.data.prepare import PrepareSettings, prepare_image
 
 Epoch = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # images and, as labels, their numbers
 
@@ -215,6 +216,52 @@ def compare_files(case: Case, folder: Path) -> Comparison:
     return comparison
 
 
+def compare_cached(case: Case, folder: Path) -> Comparison:
+    """What a cache at 512 px saves: torchvision on the photographs, all others on the cache."""
+    comparison = Comparison(
+        "data",
+        f"cache-{SIZE}-of-{case.width}x{case.height}",
+        metric="images_per_second",
+        unit="images/s",
+        work=FILES * REPEATS,
+        config=asdict(case) | {"batch": BATCH, "size": SIZE},
+        bar=20,
+    )
+    paths = photographs.write(folder / case.name, count=FILES, width=case.width, height=case.height)
+    cached = [folder / f"cached-{path.name}" for path in paths]
+    for path, target in zip(paths, cached, strict=True):
+        target.write_bytes(
+            prepare_image(path.read_bytes(), path.suffix, PrepareSettings(size=SIZE))
+        )
+    originals, cache = Files(tuple(paths) * REPEATS), Files(tuple(cached) * REPEATS)
+    checked, checked_cache = (Files(f.paths[:4], checked=True) for f in (originals, cache))
+    for name, role, step, once in (
+        (
+            "PIL + torchvision v2",
+            "baseline",
+            torchvision_epoch(originals, pil=True),
+            torchvision_epoch(checked, pil=True),
+        ),
+        (
+            "the same, cached",
+            "context",
+            torchvision_epoch(cache, pil=True),
+            torchvision_epoch(checked_cache, pil=True),
+        ),
+        (
+            "fastresnet",
+            "ours",
+            our_epoch(cache, backend="native"),
+            our_epoch(checked_cache, backend="native"),
+        ),
+    ):
+        comparison.add(
+            name, drained(step), lambda once=once: {"pixels": pixels(once, MEAN, STD)}, role=role
+        )
+    check_pixels(comparison, file_truth(checked))
+    return comparison
+
+
 class SmallTransformed(Dataset):
     """Torchvision's way with a set in memory."""
 
@@ -333,6 +380,10 @@ def test_files(
     case: Case, run: Callable[[Comparison], None], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     run(compare_files(case, tmp_path_factory.mktemp("photographs")))
+
+
+def test_cache(run: Callable[[Comparison], None], tmp_path_factory: pytest.TempPathFactory) -> None:
+    run(compare_cached(CASES[0], tmp_path_factory.mktemp("photographs")))
 
 
 def test_memory(run: Callable[[Comparison], None]) -> None:

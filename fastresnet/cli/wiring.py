@@ -143,4 +143,4 @@ def pixels(part: ImagePart, index: int) -> np.ndarray:
         return part.images[index].numpy()
     data = part.read(index)
     header = read_header(data)
-    return upright(decode(data, header), header.orientation)
+    return upright(decode(data, header), header.orientation)[:, :, :3]
