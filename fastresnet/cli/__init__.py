@@ -14,7 +14,7 @@ from fastresnet.data.datasets.registry import LAYOUTS
 from fastresnet.train.recipes import RECIPES
 
 # The modules that pip install "fastresnet[train]" brings.
-_TRAIN_EXTRA = ("matplotlib", "rich", "safetensors", "torchmetrics")
+_TRAIN_EXTRA = ("jinja2", "matplotlib", "rich", "safetensors", "torchmetrics")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -23,12 +23,13 @@ from fastresnet.cli.wiring import (
 )
 from fastresnet.train import ConfigError, Recipe, apply_overrides
 from fastresnet.train.checkpoint import CheckpointError, load_weights
+from fastresnet.train.confusion import write_confusion
 from fastresnet.train.distributed import World
 from fastresnet.train.evaluate import evaluate
 from fastresnet.train.overrides import from_dict
 from fastresnet.train.precision import resolve_amp, resolve_device
 from fastresnet.train.predictions import write_predictions
-from fastresnet.train.report import write_confusion, write_json
+from fastresnet.train.run_directory import write_json
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -18,26 +19,30 @@ from fastresnet import models
 from fastresnet.cli.info import environment
 from fastresnet.cli.wiring import (
     Dataset,
+    ImagePart,
     build_loader,
     build_network,
     build_objective,
     open_data,
+    pixels,
     shown,
     split,
 )
-from fastresnet.data import DatasetNotFoundError
+from fastresnet.data import DatasetNotFoundError, ImageError
 from fastresnet.nn import sync_batch_norm
 from fastresnet.train import RECIPES, ConfigError, Recipe, apply_overrides
 from fastresnet.train.batches import to_device
 from fastresnet.train.config import to_dict
+from fastresnet.train.confusion import write_confusion
 from fastresnet.train.distributed import World, process_group
 from fastresnet.train.journal import Journal
 from fastresnet.train.loop import Trainer
 from fastresnet.train.metrics import Evaluation
 from fastresnet.train.precision import amp_name, resolve_amp, resolve_device
 from fastresnet.train.predictions import write_predictions
-from fastresnet.train.report import plot_confusion, plot_curves, write_confusion, write_json
+from fastresnet.train.report import write_report
 from fastresnet.train.revision import source_revision
+from fastresnet.train.run_directory import write_json
 from fastresnet.train.step_timing import StepTiming, format_timing, time_steps
 
 
@@ -144,15 +149,6 @@ def train_recipe(
     )
     write_predictions(folder / "predictions.npz", evaluation, shown(test_loader, parts.test))
     write_confusion(folder, evaluation.confusion, dataset.classes)
-    plot_curves(folder / "curves.png", history, title=f"{recipe.name}: {recipe.model.name}")
-    plot_confusion(
-        folder / "confusion.png",
-        evaluation.confusion,
-        dataset.classes,
-        title=(
-            f"{recipe.name}: {evaluation.accuracy:.2%} of {evaluation.images:,} test images right"
-        ),
-    )
 
     timing = None
     if recipe.timed_steps and world.size == 1:
@@ -191,7 +187,16 @@ def train_recipe(
             "step_timing": timing and _timing_row(timing),
         },
     )
-    console.print(f"written to {folder}", highlight=False)
+    page = write_report(folder, image=lambda index: _picture(parts.test, index))
+    console.print(f"written to {folder}; {page} shows it all", highlight=False)
+
+
+def _picture(part: ImagePart, index: int) -> np.ndarray | None:
+    """An image to look at; None of a file that ``data.on_error`` has put a placeholder for."""
+    try:
+        return pixels(part, index)
+    except ImageError:
+        return None
 
 
 def format_figures(evaluation: Evaluation, *, ordinal: bool) -> str:

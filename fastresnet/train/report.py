@@ -1,164 +1,242 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves to look at: JSON lines, curves and the confusion matrix."""
+"""The report of one run: PNG plots, and a page that shows everything the run's folder tells."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # before pyplot: a machine that trains has no display
-
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, PercentFormatter
-from torch import Tensor
 
 from fastresnet.train.checkpoint import write_atomically
+from fastresnet.train.confusion import Confusion
+from fastresnet.train.pages import (
+    Drawing,
+    draw,
+    duration,
+    flatten,
+    number,
+    percent,
+    render,
+    thumbnail,
+)
+from fastresnet.train.plots import (
+    ACCURACY,
+    KAPPA,
+    LEARNING_RATE,
+    LOSS,
+    Quantity,
+    confusion_figure,
+    curves_figure,
+    recall_figure,
+    save_png,
+)
+from fastresnet.train.run_directory import Run, read_run
 
-if TYPE_CHECKING:
-    from fastresnet.train.loop import History
-
-_TRAIN_COLOUR, _VAL_COLOUR, _TEXT_COLOUR = "#7a8ba3", "#c8553d", "#333333"
-_STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#999999",
-    "axes.labelcolor": _TEXT_COLOUR,
-    "text.color": _TEXT_COLOUR,
-    "xtick.color": _TEXT_COLOUR,
-    "ytick.color": _TEXT_COLOUR,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "savefig.dpi": 150,
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.w_pad": 0.15,
-    "figure.constrained_layout.h_pad": 0.1,
+_PNG_CURVES = {
+    "curves.png": (LOSS, ACCURACY),
+    "learning_rate.png": (LEARNING_RATE,),
+    "kappa.png": (KAPPA,),
 }
+_PAGE_CURVES = (LOSS, ACCURACY, KAPPA, LEARNING_RATE)
+_MISTAKES = 24
+_SMALL = 64  # pixels: smaller images are shown with their pixels to be seen
+_HEADLINE = ("epoch", "accuracy", "kappa", "images", "majority")  # shown there, not as tiles
+_LABELS = {"loss": "test loss", "referable_auc": "AUC of referable grades"}
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON file that is whole or absent."""
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+@dataclass(frozen=True)
+class Fact:
+    """A figure with its name, and a remark below it."""
+
+    label: str
+    value: str
+    note: str = ""
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes a file of JSON lines that is whole or absent."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+def write_report(folder: Path, *, image: Callable[[int], np.ndarray] | None = None) -> Path:
+    """Draws the plots of a run and writes ``report.html``, from the files in its folder.
+
+    A file that the run has not written is said to be missing on the page, and its plots are left
+    out. Written are ``curves.png``, ``learning_rate.png``, ``kappa.png`` (where the epochs have
+    one), ``confusion.png``, ``recall.png`` and ``report.html``.
+
+    Args:
+        folder: the folder of a run.
+        image: gives the pixels of a test image, uint8 [H, W, C] of 1 or 3 channels, by the index
+            that ``predictions.npz`` has for it; None leaves the worst mistakes without pictures.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        RunError: this is not the folder of a run, or a file in it is damaged.
+    """
+    run = read_run(folder)
+    write_plots(run)
+    page = render("report.html", **_page(run, image))
+    path = folder / "report.html"
+    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    return path
 
 
-def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Appends one JSON line."""
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+def write_plots(run: Run) -> None:
+    """Draws the PNG files of a run into its folder."""
+    best = run.best and run.best["epoch"]
+    for name, quantities in _PNG_CURVES.items():
+        drawn = [quantity for quantity in quantities if quantity.recorded(run.epochs)]
+        if drawn:
+            figure = curves_figure(run.epochs, drawn, best=best)
+            save_png(figure, run.folder / name, title=run.title)
+    if run.confusion:
+        title = f"{run.title}: {run.confusion.images:,} test images"
+        save_png(confusion_figure(run.confusion), run.folder / "confusion.png", title=title)
+        save_png(recall_figure(run.confusion), run.folder / "recall.png", title=title)
 
 
-def plot_curves(path: Path, history: History, *, title: str) -> None:
-    """Draws loss and accuracy against the epoch, with the best epoch marked, as a PNG."""
-    rows, best = history.rows, history.best
-    epochs = [row.epoch for row in rows]
-    with plt.rc_context(_STYLE):
-        figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(10, 4))
-        figure.suptitle(title, x=0.01, ha="left")
-        _draw_curves(loss, epochs, [row.train_loss for row in rows], [row.val_loss for row in rows])
-        loss.set_title("Loss")
-        _draw_curves(
-            accuracy,
-            epochs,
-            [row.train_accuracy for row in rows],
-            [row.val_accuracy for row in rows],
+def _page(run: Run, image: Callable[[int], np.ndarray] | None) -> dict[str, Any]:
+    test, confusion, predictions = run.test or {}, run.confusion, run.predictions
+    return {
+        "run": run,
+        "best": run.best,
+        "model": run.config.get("model", {}).get("name", "network"),
+        "dataset": run.summary.get("dataset") or run.config.get("data", {}).get("dataset", ""),
+        "accuracy": test.get("accuracy"),
+        "kappa": test.get("kappa"),
+        "images": confusion.images if confusion else None,
+        "majority": confusion and dict(zip(("name", "share"), confusion.majority, strict=True)),
+        "facts": _facts(run),
+        "curves": [_curve(run, one) for one in _PAGE_CURVES if one.recorded(run.epochs)],
+        "epoch_columns": list(dict.fromkeys(key for row in run.epochs for key in _numbers(row))),
+        "confusion": confusion,
+        "classes": _classes(confusion) if confusion else [],
+        "wrong": int((predictions.predicted != predictions.labels).sum()) if predictions else 0,
+        "mistakes": _mistakes(run, image),
+        "speed": _speed(run),
+        "timing": run.step_timing,
+        "configuration": _groups(run.config),
+        "environment": _groups(run.environment),
+    }
+
+
+def _facts(run: Run) -> list[Fact]:
+    facts = [
+        Fact(_LABELS.get(key, key.replace("_", " ")), number(value))
+        for key, value in _numbers(run.test or {}).items()
+        if key not in _HEADLINE
+    ]
+    if run.confusion:
+        recall = run.confusion.recall
+        worst = int(np.nanargmin(recall)) if np.isfinite(recall).any() else 0
+        facts.append(
+            Fact("lowest recall", percent(float(recall[worst]), 1), run.confusion.classes[worst])
         )
-        accuracy.set_title("Accuracy")
-        accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
-        accuracy.plot(
-            best.epoch,
-            best.val_accuracy,
-            "o",
-            markersize=12,
-            markerfacecolor="none",
-            markeredgecolor=_VAL_COLOUR,
-            label=f"best: {best.val_accuracy:.2%} in epoch {best.epoch}",
+    if run.best:
+        validation = percent(run.best.get("val_accuracy"))
+        planned = run.config.get("schedule", {}).get("epochs", len(run.epochs))
+        facts.append(
+            Fact("best epoch", f"{run.best['epoch']} of {planned}", f"validation {validation}")
         )
-        for axes in (loss, accuracy):
-            axes.legend(frameon=False)
-        figure.savefig(path, format="png")
-        plt.close(figure)
+    if run.summary.get("seconds"):
+        facts.append(Fact("time in all", duration(run.summary["seconds"])))
+    return facts
 
 
-def _draw_curves(
-    axes: Axes, epochs: Sequence[int], train: Sequence[float], val: Sequence[float]
-) -> None:
-    axes.plot(epochs, train, "o-", color=_TRAIN_COLOUR, markersize=4, label="training")
-    axes.plot(epochs, val, "o-", color=_VAL_COLOUR, markersize=4, label="validation")
-    axes.set_xlabel("epoch")
-    axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+def _speed(run: Run) -> list[Fact]:
+    facts = []
+    speeds = [row["images_per_second"] for row in run.epochs if row.get("images_per_second")]
+    if speeds:
+        facts.append(Fact("training images/s", number(statistics.median(speeds)), "median epoch"))
+    seconds = [row["seconds"] for row in run.epochs if row.get("seconds")]
+    if seconds:
+        facts.append(Fact("an epoch", duration(statistics.median(seconds)), "with validation"))
+    waits = [row["data_seconds"] for row in run.epochs if row.get("data_seconds") is not None]
+    if waits and seconds:
+        share = percent(sum(waits) / sum(seconds), 1)
+        facts.append(Fact("waiting for data", share, f"of the time, {duration(sum(waits))}"))
+    for key, label in (("device", "device"), ("amp", "precision"), ("threads", "threads")):
+        if run.summary.get(key) is not None:
+            facts.append(Fact(label, str(run.summary[key])))
+    return facts
 
 
-def normalise_rows(confusion: Tensor) -> np.ndarray:
-    """The confusion matrix as shares of each true class; zeros where a class has no image."""
-    counts = confusion.numpy().astype(np.float64)
-    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+def _curve(run: Run, quantity: Quantity) -> Drawing:
+    best, last = run.best and run.best["epoch"], run.epochs[-1]
+    ends = ", ".join(
+        f"{label} {percent(last.get(key)) if quantity.percent else number(last.get(key))}"
+        for label, key in quantity.recorded(run.epochs).items()
+    )
+    return draw(
+        curves_figure(run.epochs, [quantity], best=best),
+        name=quantity.title.split()[0].lower(),
+        alt=f"{quantity.title} against the epoch; at the end: {ends}",
+    )
 
 
-def plot_confusion(path: Path, confusion: Tensor, classes: Sequence[str], *, title: str) -> None:
-    """Draws the confusion matrix (int64 [classes, classes]) as counts and as shares, as a PNG."""
-    shares = normalise_rows(confusion)
-    count = len(classes)
-    with plt.rc_context({**_STYLE, "axes.grid": False}):
-        side = 2.2 + 0.46 * count
-        figure, axes = plt.subplots(1, 2, figsize=(2 * side, side), sharey=True)
-        figure.suptitle(title, x=0.01, ha="left")
-        panels = (
-            ("Images", [[f"{value}" for value in row] for row in confusion.tolist()]),
-            ("Share of the true class (%)", [[f"{100 * x:.1f}" for x in row] for row in shares]),
+def _classes(confusion: Confusion) -> list[dict[str, Any]]:
+    recall, precision, f1 = (
+        [float(value) if np.isfinite(value) else None for value in values]
+        for values in (confusion.recall, confusion.precision, confusion.f1)
+    )
+    wrong = confusion.counts.copy()
+    np.fill_diagonal(wrong, 0)
+    return [
+        {
+            "name": name,
+            "support": int(confusion.support[row]),
+            "recall": recall[row],
+            "precision": precision[row],
+            "f1": f1[row],
+            "mistaken": confusion.classes[wrong[row].argmax()] if wrong[row].any() else None,
+            "mistaken_images": int(wrong[row].max()),
+        }
+        for row, name in enumerate(confusion.classes)
+    ]
+
+
+def _mistakes(run: Run, image: Callable[[int], np.ndarray] | None) -> list[dict[str, Any]]:
+    predictions = run.predictions
+    if predictions is None:
+        return []
+    classes, grades = run.confusion and run.confusion.classes, predictions.grades
+    mistakes = []
+    for position in predictions.worst(_MISTAKES):
+        index = int(predictions.index[position])
+        true, predicted = (
+            classes[label] if classes else f"class {label}"
+            for label in (predictions.labels[position], predictions.predicted[position])
         )
-        for panel, (heading, texts) in zip(axes, panels, strict=True):
-            # Coloured by the square root: mistakes of one percent can be told from none.
-            panel.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1)
-            panel.set_title(heading)
-            panel.set_xticks(range(count), classes, rotation=45, ha="right", rotation_mode="anchor")
-            panel.set_yticks(range(count), classes)
-            panel.set_xlabel("predicted")
-            panel.tick_params(length=0)
-            panel.spines[:].set_visible(False)
-            for row in range(count):
-                for column in range(count):
-                    if confusion[row, column]:
-                        panel.text(
-                            column,
-                            row,
-                            texts[row][column],
-                            ha="center",
-                            va="center",
-                            fontsize=8,
-                            color="white" if shares[row, column] > 0.4 else _TEXT_COLOUR,
-                        )
-        axes[0].set_ylabel("true")
-        figure.savefig(path, format="png")
-        plt.close(figure)
+        pixels = image(index) if image else None
+        mistakes.append(
+            {
+                "index": index,
+                "true": true,
+                "predicted": predicted,
+                "confidence": float(predictions.confidence[position]),
+                "grade": None if grades is None else float(grades[position]),
+                "picture": None if pixels is None else thumbnail(pixels),
+                "small": pixels is not None and max(pixels.shape[:2]) <= _SMALL,
+            }
+        )
+    return mistakes
 
 
-def write_confusion(folder: Path, confusion: Tensor, classes: Sequence[str]) -> None:
-    """Writes ``confusion.csv`` (counts) and ``confusion_normalised.csv`` (shares of a row)."""
-    _write_matrix(folder / "confusion.csv", confusion.tolist(), classes)
-    shares = [[f"{share:.6f}" for share in row] for row in normalise_rows(confusion)]
-    _write_matrix(folder / "confusion_normalised.csv", shares, classes)
+def _groups(values: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]:
+    """Nested settings by their first name; first those that are in no group."""
+    single = [(name, value) for name, value in values.items() if not isinstance(value, Mapping)]
+    groups = [("run", single)] if single else []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            groups.append((name, list(flatten(value))))
+    return groups
 
 
-def _write_matrix(path: Path, rows: Iterable[Sequence[object]], classes: Sequence[str]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["true \\ predicted", *classes])
-        writer.writerows([name, *row] for name, row in zip(classes, rows, strict=True))
+def _numbers(row: Mapping[str, Any]) -> dict[str, int | float]:
+    return {
+        key: value
+        for key, value in row.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
