@@ -79,9 +79,12 @@ def test_a_whole_run_falls_back_to_digits_and_resumes(
         "curves.png",
         "environment.json",
         "last.pt",
+        "learning_rate.png",
         "metrics.csv",
         "metrics.jsonl",
         "predictions.npz",
+        "recall.png",
+        "report.html",
         "summary.json",
     }
     for picture in ("curves.png", "confusion.png"):

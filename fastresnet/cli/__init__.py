@@ -96,6 +96,42 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--threads", type=_positive, metavar="N", help="CPU threads to use")
 
     _add_dataset(commands.add_parser("dataset", help="check, describe or prepare a data set"))
+    compare = commands.add_parser(
+        "compare", help="set runs beside each other, or train a recipe with settings varied"
+    )
+    compare.add_argument(
+        "runs", nargs="+", metavar="RUN|RECIPE", help="folders of runs, or one recipe to train"
+    )
+    compare.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE,VALUE",
+        help="train the recipe with each value, as in --vary optim.lr=0.1,0.05; several --vary "
+        "give every combination",
+    )
+    compare.add_argument(
+        "--seeds", type=_positive, metavar="N", help="train each combination with N seeds"
+    )
+    compare.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="overrides",
+        help="change a setting of all runs that are trained",
+    )
+    compare.add_argument(
+        "--data", type=Path, metavar="DIR", help="where the data set's files are, or go"
+    )
+    compare.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for the comparison and the runs trained for it; given again, what is "
+        "finished is not repeated (default: runs/compare-RECIPE, or runs/compare-TIME)",
+    )
+    compare.add_argument("--threads", type=_positive, metavar="N", help="CPU threads to use")
 
     commands.add_parser("info", help="show versions, what was built and which kernels are active")
     return parser

@@ -31,7 +31,7 @@ class Drawing:
 
 
 def draw(figure: Figure, *, name: str, alt: str) -> Drawing:
-    """Makes a drawing of a figure (:func:`fastresnet.train.plots.to_svg`), and closes it."""
+    """Makes a drawing of a figure (:func:`fastresnet.train.plots.to_svg`)."""
     # matplotlib escapes the text that it writes into an SVG.
     return Drawing(Markup(to_svg(figure, name=name)), alt)
 
@@ -109,9 +109,9 @@ def _duration(seconds: float) -> str:
         return f"{1e3 * seconds:.0f} ms"
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
+    minutes, seconds = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{int(seconds) // 60} min {int(seconds) % 60} s"
+        return f"{minutes} min {seconds} s"
     return f"{minutes // 60} h {minutes % 60} min"
 
 

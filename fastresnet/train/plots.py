@@ -11,12 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # before pyplot: a machine that trains has no display
-
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -66,13 +62,12 @@ _STYLE = {
     "savefig.dpi": 150,
     "svg.fonttype": "none",  # text stays text, in the page's font
     "svg.hashsalt": "fastresnet",  # the same figure is the same bytes
-    "figure.constrained_layout.use": True,
     "figure.constrained_layout.w_pad": 0.12,
     "figure.constrained_layout.h_pad": 0.08,
 }
 _PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g}%")
 _PANEL = (4.2, 2.8)  # inches: a page shows it at about this size
-_MARKED_EPOCHS = 30  # more points than these are a line without marks
+_MARKED_EPOCHS = 15  # more points than these are a line without marks
 _NUMBERED_CLASSES = 25  # more classes than these have no numbers in their cells
 
 
@@ -139,7 +134,7 @@ def curves_figure(
     rows: Sequence[Mapping[str, Any]], quantities: Sequence[Quantity], *, best: int | None
 ) -> Figure:
     """Quantities of one run against the epoch, side by side, the best epoch marked."""
-    with plt.rc_context(_STYLE):
+    with rc_context(_STYLE):
         figure, places = _grid(len(quantities), columns=len(quantities))
         for axes, quantity in zip(places, quantities, strict=True):
             _epoch_axes(axes, quantity.title, percent=quantity.percent)
@@ -149,6 +144,7 @@ def curves_figure(
                 _line(axes, rows, key, color=colour, label=label, zorder=3 if validation else 2)
                 if validation:
                     _mark_best(axes, rows, key, best, quantity.percent)
+            _from_first_epoch(axes)
             if len(axes.lines) > 1:
                 axes.legend()
     return figure
@@ -156,12 +152,13 @@ def curves_figure(
 
 def overlay_figure(lines: Sequence[Line], panels: Sequence[Panel], *, legend: bool) -> Figure:
     """Several runs over each other; the mean of several seeds is drawn over their thin lines."""
-    with plt.rc_context(_STYLE):
+    with rc_context(_STYLE):
         figure, places = _grid(len(panels), columns=min(len(panels), 2))
         for axes, panel in zip(places, panels, strict=True):
             _epoch_axes(axes, panel.title, percent=panel.percent)
             for position, line in enumerate(lines):
                 _overlay(axes, line, panel.key, position)
+            _from_first_epoch(axes)
         if legend:
             handles, labels = places[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower left", ncols=2)
@@ -171,8 +168,9 @@ def overlay_figure(lines: Sequence[Line], panels: Sequence[Panel], *, legend: bo
 def recall_figure(confusion: Confusion) -> Figure:
     """The recall of each class as a bar, beside the share of all images predicted right."""
     count = len(confusion.classes)
-    with plt.rc_context({**_STYLE, "axes.grid.axis": "x"}):
-        figure, axes = plt.subplots(figsize=(6, 1.2 + 0.24 * count))
+    with rc_context({**_STYLE, "axes.grid.axis": "x"}):
+        figure = Figure(figsize=(6, 1.2 + 0.24 * count), layout="constrained")
+        axes = figure.subplots()
         recall = np.nan_to_num(confusion.recall)
         axes.barh(range(count), recall, height=0.7, color=_LIGHT["blue"])
         for row, (share, images) in enumerate(zip(recall, confusion.support, strict=True)):
@@ -195,29 +193,36 @@ def confusion_figure(confusion: Confusion) -> Figure:
     """The confusion matrix as counts and as shares of the true class: right answers in blue,
     mistakes in orange."""
     count = len(confusion.classes)
+    numbered = count <= _NUMBERED_CLASSES
     side = min(2.2 + 0.46 * count, 14)
-    font = float(np.clip(0.6 * 72 * (side - 2) / count, 3, 9))
-    shares, size = confusion.shares, {"fontsize": font}
-    # Coloured by the square root: mistakes of one percent can be told from none.
-    strength = np.sqrt(shares)[..., None]
+    size = {"fontsize": float(np.clip(0.6 * 72 * (side - 2) / count, 3, 9))}
+    shares = confusion.shares
+    # What the counts' colours mean only matters where the counts themselves cannot be read.
+    counts = shares if numbered else confusion.counts / max(confusion.counts.max(), 1)
+    panels = (
+        ("Images", counts, [[f"{value}" for value in row] for row in confusion.counts]),
+        (
+            "Share of the true class (%)",
+            shares,
+            [[f"{100 * x:.1f}" for x in row] for row in shares],
+        ),
+    )
     right, wrong = np.array(to_rgb(_LIGHT["blue"])), np.array(to_rgb(_LIGHT["orange"]))
     full = np.where(np.eye(count, dtype=bool)[..., None], right, wrong)
-    colours = (1 - strength) + strength * full
-    texts = (
-        ("Images", [[f"{value}" for value in row] for row in confusion.counts]),
-        ("Share of the true class (%)", [[f"{100 * x:.1f}" for x in row] for row in shares]),
-    )
-    with plt.rc_context({**_STYLE, "axes.grid": False}):
-        figure, panels = plt.subplots(1, 2, figsize=(2 * side, side), sharey=True)
-        for axes, (heading, cells) in zip(panels, texts, strict=True):
-            axes.imshow(colours, interpolation="nearest")
+    with rc_context({**_STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(2 * side, side), layout="constrained")
+        places = figure.subplots(1, 2, sharey=True)
+        for axes, (heading, values, cells) in zip(places, panels, strict=True):
+            # Coloured by the square root: mistakes of one percent can be told from none.
+            strength = np.sqrt(values)[..., None]
+            axes.imshow((1 - strength) + strength * full, interpolation="nearest")
             axes.set_title(heading)
             axes.set_xticks(
                 range(count),
                 confusion.classes,
-                rotation=45 if count <= _NUMBERED_CLASSES else 90,
+                rotation=45 if numbered else 90,
                 ha="right",
-                va="center" if count > _NUMBERED_CLASSES else "top",
+                va="top" if numbered else "center",
                 rotation_mode="anchor",
                 **size,
             )
@@ -225,9 +230,7 @@ def confusion_figure(confusion: Confusion) -> Figure:
             axes.set_xlabel("predicted")
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
-            if count > _NUMBERED_CLASSES:
-                continue
-            for row, column in np.argwhere(confusion.counts):
+            for row, column in np.argwhere(confusion.counts) if numbered else ():
                 strong = strength[row, column, 0] > 0.6
                 axes.text(
                     column,
@@ -238,30 +241,28 @@ def confusion_figure(confusion: Confusion) -> Figure:
                     fontsize=8,
                     color=_LIGHT["ground" if strong else "text"],
                 )
-        panels[0].set_ylabel("true")
+        places[0].set_ylabel("true")
     return figure
 
 
 def save_png(figure: Figure, path: Path, *, title: str | None = None) -> None:
-    """Writes the figure as a PNG of 150 dots an inch, and closes it."""
+    """Writes the figure as a PNG of 150 dots an inch."""
     if title is not None:
         figure.suptitle(title, x=0.01, ha="left", color=_LIGHT["text"], fontsize=11)
-    with plt.rc_context(_STYLE):
+    with rc_context(_STYLE):
         figure.savefig(path, format="png")
-    plt.close(figure)
 
 
 def to_svg(figure: Figure, *, name: str) -> str:
-    """The figure as an ``<svg>`` element for an HTML page, and closes it.
+    """The figure as an ``<svg>`` element for an HTML page.
 
     Colours become the page's custom properties (``var(--blue)``), so that they follow its scheme;
     ids begin with ``name``, which must be unlike that of any other figure of the page.
     """
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with plt.rc_context(_STYLE):
+    with rc_context(_STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    plt.close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].strip()
     text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1)
@@ -275,8 +276,8 @@ _NAMES = {light: name for name, light in _LIGHT.items()}
 def _grid(count: int, *, columns: int) -> tuple[Figure, list[Axes]]:
     rows = -(-count // columns)
     size = (columns * _PANEL[0], rows * _PANEL[1])
-    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    places = list(grid.flat)
+    figure = Figure(figsize=size, layout="constrained")
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
     for unused in places[count:]:
         unused.remove()
     return figure, places[:count]
@@ -288,6 +289,11 @@ def _epoch_axes(axes: Axes, title: str, *, percent: bool) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if percent:
         axes.yaxis.set_major_formatter(_PERCENT)
+
+
+def _from_first_epoch(axes: Axes) -> None:
+    """There is no epoch 0 to have a tick."""
+    axes.set_xlim(left=max(axes.get_xlim()[0], 0.5))
 
 
 def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, **style: Any) -> None:

@@ -6,6 +6,8 @@
 ``environment.json``        versions, machine, build
 ``metrics.jsonl``           one JSON object a line, its ``event`` being epoch, test, step_timing
 ``summary.json``            the outcome; written last, so a folder that has it is a finished run
+``failed.json``             why the run cannot go on, where that is so
+``last.pt``                 the state that an unfinished run goes on from
 ``confusion.csv``           the confusion matrix of the test images, with the classes' names
 ``predictions.npz``         ``probabilities`` [N, C], ``labels`` [N] and ``index`` [N] of the test
                             images, and the ``grades`` [N] of a regression
@@ -26,7 +28,7 @@ import numpy as np
 from fastresnet.train.checkpoint import write_atomically
 from fastresnet.train.confusion import Confusion, read_confusion
 
-_SUMMARY = "summary.json"
+_SUMMARY, _FAILED, _STATE = "summary.json", "failed.json", "last.pt"
 
 
 class RunError(ValueError):
@@ -96,6 +98,7 @@ class Run:
     step_timing: dict[str, Any] | None
     confusion: Confusion | None
     predictions: Predictions | None
+    failure: str | None = None
 
     @property
     def name(self) -> str:
@@ -129,13 +132,29 @@ def is_finished(folder: Path) -> bool:
     return (folder / _SUMMARY).is_file()
 
 
+def is_resumable(folder: Path) -> bool:
+    """Whether the folder holds a state to go on from."""
+    return (folder / _STATE).is_file()
+
+
+def write_failure(folder: Path, error: Exception) -> None:
+    """Notes that a run ended in an error that would come again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / _FAILED, {"error": str(error)})
+
+
+def failure(folder: Path) -> str | None:
+    """Why the run failed (:func:`write_failure`); None if it did not."""
+    return _read_json(folder / _FAILED).get("error")
+
+
 def read_run(folder: Path) -> Run:
     """Reads the folder of a run, finished or not.
 
     Raises:
         RunError: it holds neither a configuration nor metrics, or a file is damaged.
     """
-    if not any((folder / name).is_file() for name in ("config.json", "metrics.jsonl")):
+    if not any((folder / name).is_file() for name in ("config.json", "metrics.jsonl", _FAILED)):
         raise RunError(f"expected the folder of a run, with config.json, got {folder}")
     events = _read_jsonl(folder / "metrics.jsonl")
     # A run that was resumed may have written an epoch or its test a second time: the last counts.
@@ -156,6 +175,7 @@ def read_run(folder: Path) -> Run:
         step_timing=last.get("step_timing"),
         confusion=counts,
         predictions=_read_predictions(folder / "predictions.npz"),
+        failure=failure(folder),
     )
 
 
