@@ -27,6 +27,7 @@ from fastresnet.train.plots import (
     overlay_figure,
     recall_figure,
     save_png,
+    shade,
     to_svg,
 )
 from fastresnet.train.run_directory import read_run
@@ -137,18 +138,36 @@ def test_svg_is_the_same_each_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", [0, 1])
 def test_colours_can_be_told_from_their_ground(scheme: int) -> None:
-    ground = luminance(COLOURS["ground"][scheme])
+    ground = channels(COLOURS["ground"][scheme])
     for name, pair in COLOURS.items():
-        lighter, darker = sorted((luminance(pair[scheme]), ground), reverse=True)
-        contrast = (lighter + 0.05) / (darker + 0.05)
-        if name in ("text", "muted", "blue", "orange"):
-            assert contrast >= 4.5, name
-        elif name not in ("ground", "grid"):
-            assert contrast >= 3, name
+        least = 4.5 if name in ("text", "muted", "blue", "orange") else 3
+        if name not in ("ground", "grid"):
+            assert contrast(channels(pair[scheme]), ground) >= least, name
 
 
-def luminance(colour: str) -> float:
+@pytest.mark.parametrize("scheme", [0, 1])
+@pytest.mark.parametrize("name", ["blue", "orange"])
+def test_numbers_can_be_read_on_every_shade(name: str, scheme: int) -> None:
+    colour, ground, text = (channels(COLOURS[one][scheme]) for one in (name, "ground", "text"))
+    page = 0.96 * ground + 0.04 * text  # an empty cell
+    shares = np.linspace(0, 1, 201)
+    for share, amount in zip(shares, shade(shares), strict=True):
+        cell = (1 - amount) * page + amount * colour
+        assert contrast(cell, ground if share > 0.5 else text) >= 4.5, share
+    assert (np.diff(shade(shares)) > 0).all()
+    assert shade(np.array([0.0, 1.0])).tolist() == [0, 1]
+
+
+def channels(colour: str) -> np.ndarray:
+    return np.array([int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)])
+
+
+def contrast(one: np.ndarray, other: np.ndarray) -> float:
+    lighter, darker = sorted((luminance(one), luminance(other)), reverse=True)
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def luminance(channels: np.ndarray) -> float:
     """Relative luminance as WCAG 2 defines it."""
-    channels = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))

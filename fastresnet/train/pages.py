@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fastresnet import __version__
-from fastresnet.train.plots import COLOURS, to_svg
+from fastresnet.train.plots import COLOURS, shade, to_svg
 
 _THUMBNAIL = 192  # pixels of the longer side, at most
 
@@ -129,7 +129,12 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent=percent, number=number, duration=duration, setting=text, flatten=flatten
+        percent=percent,
+        number=number,
+        duration=duration,
+        setting=text,
+        flatten=flatten,
+        shade=shade,
     )
     environment.globals["colours"] = COLOURS
     return environment

@@ -30,7 +30,7 @@ COLOURS = {
     "grid": ("#e7e9ec", "#2b3037"),
     "grey": ("#7a8592", "#8e98a5"),
     "blue": ("#2563a8", "#77aef0"),
-    "orange": ("#bf4a26", "#f0906b"),
+    "orange": ("#a9401e", "#f0906b"),
     "green": ("#2c8055", "#6cc598"),
     "purple": ("#8450ad", "#c199e6"),
     "ochre": ("#8f6a08", "#d9b04a"),
@@ -165,6 +165,15 @@ def overlay_figure(lines: Sequence[Line], panels: Sequence[Panel], *, legend: bo
     return figure
 
 
+def shade(shares: np.ndarray) -> np.ndarray:
+    """How much of its colour a cell of the confusion matrix has, from its share of the row.
+
+    It grows as the square root, so that mistakes of one percent can be told from none, with a step
+    at one half: dark text up to there, and light text above it, have a contrast of at least 4.5.
+    """
+    return np.where(shares <= 0.5, 0.75 * np.sqrt(shares), 0.85 + 0.3 * (shares - 0.5))
+
+
 def recall_figure(confusion: Confusion) -> Figure:
     """The recall of each class as a bar, beside the share of all images predicted right."""
     count = len(confusion.classes)
@@ -213,8 +222,7 @@ def confusion_figure(confusion: Confusion) -> Figure:
         figure = Figure(figsize=(2 * side, side), layout="constrained")
         places = figure.subplots(1, 2, sharey=True)
         for axes, (heading, values, cells) in zip(places, panels, strict=True):
-            # Coloured by the square root: mistakes of one percent can be told from none.
-            strength = np.sqrt(values)[..., None]
+            strength = shade(values)[..., None]
             axes.imshow((1 - strength) + strength * full, interpolation="nearest")
             axes.set_title(heading)
             axes.set_xticks(
@@ -231,7 +239,7 @@ def confusion_figure(confusion: Confusion) -> Figure:
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
             for row, column in np.argwhere(confusion.counts) if numbered else ():
-                strong = strength[row, column, 0] > 0.6
+                strong = values[row, column] > 0.5
                 axes.text(
                     column,
                     row,
