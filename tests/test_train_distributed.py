@@ -187,7 +187,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
     settings = [
         *("train", "digits", "--threads", "1", "--set", "model.name=resnet18_truncated"),
         *("--set", "schedule.epochs=2", "--set", "schedule.sizes=", "--set", "amp=none"),
-        *("--set", "timed_steps=0", "--set", "tensorboard=false", "--set", "optim.lr=0.02"),
+        *("--set", "timed_steps=0", "--set", "tensorboard=false", "--set", "optim.lr=0.001"),
     ]
     pair = torchrun(
         tmp_path,
@@ -197,12 +197,16 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
     assert pair.stdout.count("epoch 2/2  lr") == 1  # one of them prints
     assert cli.main([*settings, "--output", f"{tmp_path}/one", "--set", "data.batch_size=128"]) == 0
 
+    # At a learning rate that lets rounding grow slowly: at 0.02 one process with one thread and one
+    # with two differ by 1.4 % in the validation loss after these epochs, two processes by 1.0 %.
+    first, second = (row["train_loss"] for row in rows(tmp_path / "one", "epoch"))
+    assert second < 0.95 * first
     for event in ("epoch", "test"):
         for ours, one in zip(
             *(rows(tmp_path / name, event) for name in ("pair", "one")), strict=True
         ):
             for figure in {"train_loss", "val_loss", "loss"} & set(one):
-                assert ours[figure] == pytest.approx(one[figure], rel=1e-2)
+                assert ours[figure] == pytest.approx(one[figure], rel=2e-3)
     ours, one = (np.load(tmp_path / name / "predictions.npz") for name in ("pair", "one"))
     for name in ("labels", "index"):
         np.testing.assert_array_equal(ours[name], one[name])
