@@ -407,8 +407,13 @@ def test_a_second_interruption_stops_at_once(tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("went on")
 
-    with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path, recipe(), train_loader=stopping(twice)).fit()
+    # Not a matter of course: a process that a shell started in the background ignores it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer(tmp_path, recipe(), train_loader=stopping(twice)).fit()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_that_was_never_saved_begins_anew(tmp_path: Path) -> None:
