@@ -34,6 +34,10 @@ SUITES = {
         "Loaders: JPEG files to augmented batches of 512 px, and 50,000 images of 32 px in memory, "
         "on two threads or processes; higher is better. DALI on the CPU."
     ),
+    "warp": (
+        "Crop, resize, turn and normalise: batches from bytes to float32, without decoding; higher "
+        "is better."
+    ),
     "train_scaling": "How a training step grows with network, batch, side and threads.",
     "operators": "Each fused operator, forward and backward; higher is better.",
 }

@@ -4,11 +4,13 @@ against its twin in float64, on every ISA level, and what it says to bad input."
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import subprocess
 import sys
-import tempfile
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -492,6 +494,26 @@ def test_threads_of_python_fill_rows_of_one_batch():
     assert torch.equal(batch, ops.warp(**args))
 
 
+def test_other_threads_of_python_run_meanwhile():
+    args = batch_of(400) | {"resized": torch.full((400, 2), 256), "size": (256, 256)}
+    done, ticks = threading.Event(), []
+
+    def tick() -> None:
+        while not done.wait(1e-3):
+            ticks.append(time.perf_counter())
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    begin = time.perf_counter()
+    ops.warp(**args)
+    end = time.perf_counter()
+    done.set()
+    ticking.join()
+    # Some at the edges would be seen even if the call held the lock.
+    third = (end - begin) / 3
+    assert any(begin + third < tick < end - third for tick in ticks)
+
+
 def test_an_empty_batch():
     assert ops.warp(**batch_of(0)).shape == (0, 3, 32, 32)
 
@@ -508,27 +530,39 @@ def test_autograd_notices_that_out_was_overwritten():
 
 # Every level of the processor computes the same.
 
+# Without the package, whose import takes longer than all the calls.
 CALLS = """
 import sys, torch
-from fastresnet import ops
-calls = torch.load(sys.argv[1])
-results = {name: ops.warp(**call) for name, call in calls.items()}
-torch.save((torch.ops.fastresnet.isa(), results), sys.argv[2])
+torch.ops.load_library(sys.argv[1])
+calls = torch.load(sys.argv[2])
+for call in calls.values():
+    torch.ops.fastresnet.warp.default(*call)
+results = {name: call[-1] for name, call in calls.items()}
+torch.save((torch.ops.fastresnet.isa(), results), sys.argv[3])
 """
 
 
-def calls_for_levels() -> dict[str, dict]:
+def calls_for_levels() -> dict[str, tuple]:
     """Plain ones, whose results are grey levels, and normalised ones with colour."""
     calls = {}
+
+    def add(name: str, args: dict, dtype: torch.dtype) -> None:
+        planes = len(args["scale"])
+        out = torch.zeros((1, planes, *args["size"]), dtype=dtype)
+        out = out.contiguous(memory_format=torch.channels_last)
+        tensors = [args[key] for key in ("images", *PER_IMAGE, "scale", "shift")]
+        calls[name] = (*tensors, args.get("colours"), out)
+
     for case, geometry in (GEOMETRIES | TURNS | RESIZES).items():
         for channels in (1, 3, 4):
-            args = calls[f"plain {case} {channels}"] = arguments(noise(channels), **geometry)
+            args = arguments(noise(channels), **geometry)
+            add(f"plain {case} {channels}", args, torch.float32)
             planes = len(args["scale"])
             args = args | {"scale": torch.rand(planes) / 64, "shift": torch.randn(planes)}
             if planes == 3:
                 args["colours"] = torch.eye(3, 4)[None] + torch.randn(1, 3, 4) / 4
             for dtype in (torch.float32, torch.bfloat16):
-                calls[f"normalised {case} {channels} {dtype}"] = args | {"dtype": dtype}
+                add(f"normalised {case} {channels} {dtype}", args, dtype)
     return calls
 
 
@@ -536,14 +570,15 @@ def calls_for_levels() -> dict[str, dict]:
 def at_levels(tmp_path_factory) -> dict[str, tuple[str, dict[str, Tensor]]]:
     folder = tmp_path_factory.mktemp("warp")
     torch.save(calls_for_levels(), folder / "calls")
+    library = importlib.util.find_spec("fastresnet._C").origin
     found = {}
     for level in LEVELS:
+        paths = (library, str(folder / "calls"), str(folder / level))
         done = subprocess.run(
-            [sys.executable, "-c", CALLS, str(folder / "calls"), str(folder / level)],
+            [sys.executable, "-c", CALLS, *paths],
             capture_output=True,
             text=True,
             env={**os.environ, "FASTRESNET_ISA": level},
-            cwd=tempfile.gettempdir(),
         )
         assert done.returncode == 0, done.stderr
         found[level] = torch.load(folder / level)

@@ -41,9 +41,9 @@ def warp(
         pixels = images[image, ..., :channels].to(precise)
         value = _turned(_resized(pixels, boxes[i], resized[i]), turns[i], size)
         if colours is not None:
-            matrix, offset = colours[i].to(precise).split((3, 1), dim=1)
+            matrix, offset = colours[i].to(value).split((3, 1), dim=1)
             value = (value @ matrix.T + 255 * offset[:, 0]).clamp(0, 255)
-        out[i] = (value * scale.to(precise) + shift.to(precise)).permute(2, 0, 1)
+        out[i] = (value * scale.to(value) + shift.to(value)).permute(2, 0, 1)
     return out
 
 
@@ -79,7 +79,7 @@ def _turned(crop: Tensor, turn: Tensor, size: tuple[int, int]) -> Tensor:
     """[h, w, C]: ``crop`` at the positions that ``turn`` gives the output's pixels."""
     y, x = (torch.arange(side, dtype=torch.float64) + 0.5 for side in size)
     centres = torch.stack(torch.broadcast_tensors(x, y[:, None], torch.tensor(1.0)), dim=-1)
-    positions = centres.double() @ turn.double().T
+    positions = centres.double() @ turn.cpu().double().T
     height, width = crop.shape[:2]
     grid = 2 * positions / torch.tensor([width, height]) - 1  # grid_sample's crop is -1 to 1
     sampled = F.grid_sample(
