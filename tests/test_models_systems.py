@@ -128,7 +128,7 @@ def shallow(model: models.ResNet, depths: Sequence[int]) -> models.ResNet:
 SHALLOW = (2, 1, 1, 1)
 PAIRS: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module], int]] = {
     "simple_cnn": (lambda c: models.simple_cnn(10, c, dropout=0.0), PlainSimpleCNN, 32),
-    "resnet18_truncated": (lambda c: models.resnet18_truncated(10, c), plain_truncated, 64),
+    "resnet18_truncated": (lambda c: models.resnet18_truncated(10, c), plain_truncated, 48),
     "resnet50_projection": (
         lambda c: shallow(models.resnet50_projection(10, c, dropout=0.0), SHALLOW),
         lambda c: plain_projection(c, SHALLOW),
@@ -255,7 +255,7 @@ def test_the_loss_falls(name: str, precision: str) -> None:
     target = torch.arange(batch)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     losses = []
-    for _ in range(6):
+    for _ in range(5):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
             out = model(x)
         loss = F.cross_entropy(out.float(), target)
