@@ -58,7 +58,7 @@ def build(cache: Path, name: str, include: Path) -> ctypes.CDLL:
     sources = [HERE / "emulator.cpp", HERE / "memory.cpp", HERE / f"{name}.cpp"]
     inputs = [*sources, *HERE.glob("*.h"), *CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh")]
     command = ["g++", "-shared", "-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-    # Or libraries in one process would share the variables of inline functions, __shared__ ones too.
+    # Or libraries in one process would share the variables of inline functions, __shared__ too.
     command.append("-fno-gnu-unique")
     command += ["-Wno-unknown-pragmas", f"-I{HERE}", f"-I{CSRC}", "-isystem", str(include)]
     if os.environ.get("FASTRESNET_EMULATOR_SANITIZE") == "1":
