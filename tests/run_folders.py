@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastresnet.train.confusion import write_confusion
-from fastresnet.train.run_directory import write_json, write_jsonl
+from fastresnet.train.run_directory import write_json
 
 
 def write_run(
@@ -50,7 +50,7 @@ def write_run(
     write_confusion(folder, torch.from_numpy(counts), classes)
     tested = float((labels == predicted).mean())
     rows = [_epoch(epoch, epochs, lr, tested, generator, ordinal) for epoch in range(1, epochs + 1)]
-    test: dict[str, Any] = {"loss": 0.5, "accuracy": tested, "images": images}
+    test: dict[str, Any] = {"loss": 0.5, "accuracy": tested, "images": images, "recall": [tested]}
     if ordinal:
         test |= {"kappa": 0.75 * tested, "referable_auc": 0.9}
     timing = {
@@ -74,17 +74,21 @@ def write_run(
     }
     write_json(folder / "config.json", config)
     write_json(folder / "environment.json", {"versions": {"torch": "2.14"}, "machine": {"gpu": []}})
-    write_jsonl(
-        folder / "metrics.jsonl",
-        [
-            *({"event": "epoch", **row} for row in rows),
-            {"event": "test", "epoch": epochs, **test},
-            {"event": "step_timing", **timing},
-        ],
+    add_events(
+        folder,
+        *({"event": "epoch", **row} for row in rows),
+        {"event": "test", "epoch": epochs, **test},
+        {"event": "step_timing", **timing},
     )
     summary = {"dataset": dataset, "source": "made up", "seconds": 90.0, "threads": 2}
     write_json(folder / "summary.json", summary)
     return folder
+
+
+def add_events(folder: Path, *rows: dict[str, Any]) -> None:
+    """Appends rows to ``metrics.jsonl``."""
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ class Training:
             raise outcome
         if outcome:
             arguments.output.mkdir(parents=True, exist_ok=True)
-            (arguments.output / "config.json").write_text("{}")
+            (arguments.output / "environment.json").write_text("{}")
             return outcome
         recipe = apply_overrides(RECIPES[arguments.recipe](), arguments.overrides)
         for path in arguments.output.glob("*"):
@@ -120,11 +120,11 @@ def test_an_interrupted_sweep_goes_on(
     assert cli.main(SWEEP) == 130
     assert "give the same command again" in capsys.readouterr().out
     assert not Path("out/compare.html").exists()
-    # Stopped before there was a state: from the start.
+    # Stopped before it was a run: from the start.
     assert cli.main(SWEEP) == 130
     assert not training.commands[-1].resume
-    # Stopped behind one: from there.
-    Path("out/optim.lr=0.05/last.pt").touch()
+    # Stopped as one: from there.
+    Path("out/optim.lr=0.05/config.json").write_text("{}")
     training.outcomes.clear()
     assert cli.main(SWEEP) == 0
     assert training.names == ["optim.lr=0.1"] + 3 * ["optim.lr=0.05"]
@@ -148,8 +148,10 @@ def test_other_settings_need_another_folder(
     training: Training, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(SWEEP) == 0
-    assert cli.main([*SWEEP, "--set", "schedule.epochs=3"]) == 2
-    assert "expected the recipe and --set of out/plan.json" in capsys.readouterr().err
+    for other in (["--set", "schedule.epochs=3"], ["--data", "elsewhere"]):
+        assert cli.main([*SWEEP, *other]) == 2
+        message = "expected the recipe, --set and --data of out/plan.json"
+        assert message in capsys.readouterr().err
     assert len(training.commands) == 2
 
 
@@ -184,6 +186,14 @@ def test_bad_input_is_named_and_leaves_status_2(
     assert message in capsys.readouterr().err
     assert training.commands == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_processes_are_refused(
+    training: Training, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(SWEEP) == 2
+    assert "expected one process to train in, got 2" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_left_alone(

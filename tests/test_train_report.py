@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from html_page import Page, assert_sound
 from PIL import Image
-from run_folders import events, write_run
+from run_folders import add_events, events, write_run
 
 from fastresnet.train import report
 from fastresnet.train.pages import duration, number, percent, text, thumbnail
 from fastresnet.train.report import write_report
-from fastresnet.train.run_directory import RunError, append_jsonl
+from fastresnet.train.run_directory import RunError
 
 SECTIONS = {
     "result",
@@ -111,7 +111,7 @@ def test_a_step_whose_outputs_differ_says_so(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     (timing,) = events(folder, "step_timing")
     assert "The outputs agree" in Page(write_report(folder)).sections["speed"]
-    append_jsonl(folder / "metrics.jsonl", {**timing, "outputs_agree": False})
+    add_events(folder, {**timing, "outputs_agree": False})
     assert "THE OUTPUTS DIFFER" in Page(write_report(folder)).sections["speed"]
 
 

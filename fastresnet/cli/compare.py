@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -69,17 +70,26 @@ def _plan(arguments: argparse.Namespace, output: Path) -> list[Variant]:
             f"--vary, --seeds: expected one recipe of {', '.join(RECIPES)}, "
             f"got {', '.join(arguments.runs)}"
         )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ConfigError(f"compare: expected one process to train in, got {processes}")
     recipe = apply_overrides(RECIPES[arguments.runs[0]](), arguments.overrides)
     seeds = range(recipe.seed, recipe.seed + (arguments.seeds or 1))
     planned = variants(arguments.vary, seeds=seeds)
     for variant in planned:
         apply_overrides(recipe, variant.overrides)
-    plan = {"recipe": arguments.runs[0], "set": arguments.overrides}
+    plan = {
+        "recipe": arguments.runs[0],
+        "set": arguments.overrides,
+        "data": arguments.data and str(arguments.data),
+    }
     path = output / _PLAN
     if path.is_file():
         # More values and seeds may be added to a comparison; what all runs share may not change.
         if json.loads(path.read_text()) != plan:
-            raise ConfigError(f"--output: expected the recipe and --set of {path}, got other ones")
+            raise ConfigError(
+                f"--output: expected the recipe, --set and --data of {path}, got other ones"
+            )
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output: expected a new or empty folder, got {output}")
     else:
@@ -100,7 +110,7 @@ def _train(arguments: argparse.Namespace, variant: Variant, folder: Path) -> int
     if is_resumable(folder):
         command += ["--resume"]
     elif folder.exists():
-        shutil.rmtree(folder)  # stopped before there was anything to go on from
+        shutil.rmtree(folder)  # stopped before it was a run
     try:
         return train.run(build_parser().parse_args(command))
     except FloatingPointError as error:

@@ -57,7 +57,7 @@ class Fact:
     note: str = ""
 
 
-def write_report(folder: Path, *, image: Callable[[int], np.ndarray] | None = None) -> Path:
+def write_report(folder: Path, *, image: Callable[[int], np.ndarray | None] | None = None) -> Path:
     """Draws the plots of a run and writes ``report.html``, from the files in its folder.
 
     A file that the run has not written is said to be missing on the page, and its plots are left
@@ -67,7 +67,8 @@ def write_report(folder: Path, *, image: Callable[[int], np.ndarray] | None = No
     Args:
         folder: the folder of a run.
         image: gives the pixels of a test image, uint8 [H, W, C] of 1 or 3 channels, by the index
-            that ``predictions.npz`` has for it; None leaves the worst mistakes without pictures.
+            that ``predictions.npz`` has for it, or None where it cannot be read; without it the
+            worst mistakes have no pictures.
 
     Returns:
         The path of the page.
@@ -97,7 +98,7 @@ def write_plots(run: Run) -> None:
         save_png(recall_figure(run.confusion), run.folder / "recall.png", title=title)
 
 
-def _page(run: Run, image: Callable[[int], np.ndarray] | None) -> dict[str, Any]:
+def _page(run: Run, image: Callable[[int], np.ndarray | None] | None) -> dict[str, Any]:
     test, confusion, predictions = run.test or {}, run.confusion, run.predictions
     return {
         "run": run,
@@ -157,9 +158,9 @@ def _speed(run: Run) -> list[Fact]:
     if waits and seconds:
         share = percent(sum(waits) / sum(seconds), 1)
         facts.append(Fact("waiting for data", share, f"of the time, {duration(sum(waits))}"))
-    for key, label in (("device", "device"), ("amp", "precision"), ("threads", "threads")):
+    for key in ("device", "amp", "threads", "processes", "loader"):
         if run.summary.get(key) is not None:
-            facts.append(Fact(label, str(run.summary[key])))
+            facts.append(Fact(key, str(run.summary[key])))
     return facts
 
 
@@ -197,7 +198,7 @@ def _classes(confusion: Confusion) -> list[dict[str, Any]]:
     ]
 
 
-def _mistakes(run: Run, image: Callable[[int], np.ndarray] | None) -> list[dict[str, Any]]:
+def _mistakes(run: Run, image: Callable[[int], np.ndarray | None] | None) -> list[dict[str, Any]]:
     predictions = run.predictions
     if predictions is None:
         return []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files that a run leaves in its folder: how they are written, and how they are read back.
+"""The files that a run leaves in its folder, and the run as they tell it.
 
 ==========================  ===================================================================
 ``config.json``             the resolved configuration
@@ -7,7 +7,6 @@
 ``metrics.jsonl``           one JSON object a line, its ``event`` being epoch, test, step_timing
 ``summary.json``            the outcome; written last, so a folder that has it is a finished run
 ``failed.json``             why the run cannot go on, where that is so
-``last.pt``                 the state that an unfinished run goes on from
 ``confusion.csv``           the confusion matrix of the test images, with the classes' names
 ``predictions.npz``         ``probabilities`` [N, C], ``labels`` [N] and ``index`` [N] of the test
                             images, and the ``grades`` [N] of a regression
@@ -18,7 +17,6 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ import numpy as np
 from fastresnet.train.checkpoint import write_atomically
 from fastresnet.train.confusion import Confusion, read_confusion
 
-_SUMMARY, _FAILED, _STATE = "summary.json", "failed.json", "last.pt"
+_CONFIG, _SUMMARY, _FAILED = "config.json", "summary.json", "failed.json"
 
 
 class RunError(ValueError):
@@ -39,18 +37,6 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes a JSON file that is whole or absent."""
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes a file of JSON lines that is whole or absent."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
-
-
-def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Appends one JSON line."""
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 @dataclass(frozen=True)
@@ -133,8 +119,8 @@ def is_finished(folder: Path) -> bool:
 
 
 def is_resumable(folder: Path) -> bool:
-    """Whether the folder holds a state to go on from."""
-    return (folder / _STATE).is_file()
+    """Whether the folder is that of a run, which can be gone on with."""
+    return (folder / _CONFIG).is_file()
 
 
 def write_failure(folder: Path, error: Exception) -> None:
@@ -154,7 +140,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         RunError: it holds neither a configuration nor metrics, or a file is damaged.
     """
-    if not any((folder / name).is_file() for name in ("config.json", "metrics.jsonl", _FAILED)):
+    if not any((folder / name).is_file() for name in (_CONFIG, "metrics.jsonl", _FAILED)):
         raise RunError(f"expected the folder of a run, with config.json, got {folder}")
     events = _read_jsonl(folder / "metrics.jsonl")
     # A run that was resumed may have written an epoch or its test a second time: the last counts.
@@ -167,7 +153,7 @@ def read_run(folder: Path) -> Run:
         raise RunError(str(error)) from error
     return Run(
         folder=folder,
-        config=_read_json(folder / "config.json"),
+        config=_read_json(folder / _CONFIG),
         environment=_read_json(folder / "environment.json"),
         summary=_read_json(folder / _SUMMARY),
         epochs=tuple(epochs[epoch] for epoch in sorted(epochs)),
