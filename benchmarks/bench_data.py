@@ -231,7 +231,7 @@ def compare_cached(case: Case, folder: Path) -> Comparison:
     cached = [folder / f"cached-{path.name}" for path in paths]
     for path, target in zip(paths, cached, strict=True):
         target.write_bytes(
-            prepare_image(path.read_bytes(), path.suffix, PrepareSettings(size=SIZE))
+            prepare_image(path.read_bytes(), path.suffix, PrepareSettings(size=SIZE, square=True))
         )
     originals, cache = Files(tuple(paths) * REPEATS), Files(tuple(cached) * REPEATS)
     checked, checked_cache = (Files(f.paths[:4], checked=True) for f in (originals, cache))

@@ -119,7 +119,7 @@ def test_prepare_hands_its_options_on(
 
     monkeypatch.setattr(dataset, "prepare_dataset", prepare)
     arguments = [
-        *("dataset", "prepare", str(folder), str(tmp_path / "out"), "--crop-border"),
+        *("dataset", "prepare", str(folder), str(tmp_path / "out"), "--crop-border", "--square"),
         *("--local-average", "--headroom", "1.5", "--layout", "retinopathy", "--threads", "3"),
     ]
     assert cli.main(arguments) == 2
@@ -127,7 +127,7 @@ def test_prepare_hands_its_options_on(
         "source": folder,
         "out": tmp_path / "out",
         "settings": dataset.PrepareSettings(
-            size=512, headroom=1.5, crop_border=True, local_average=True
+            size=512, headroom=1.5, crop_border=True, square=True, local_average=True
         ),
         "layout": "retinopathy",
         "on_error": "raise",

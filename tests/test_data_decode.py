@@ -25,6 +25,7 @@ from fastresnet.data.decode import (
     ImageError,
     as_plain,
     decode,
+    decoded_size,
     read_header,
     reduction,
     upright,
@@ -353,6 +354,22 @@ def test_a_reduced_decode_is_pillows_draft(mode: str, height: int, width: int, s
     with Image.open(io.BytesIO(data)) as image:
         image.draft(None, (width // scale, height // scale))
         np.testing.assert_array_equal(pixels[..., :3], np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
+@pytest.mark.parametrize("image", [PHOTO, GREY, Image.fromarray(PHOTO).convert("CMYK")])
+def test_a_decode_into_a_buffer_is_the_same(image: np.ndarray | Image.Image, scale: int) -> None:
+    data = encode(image)
+    least = (HEIGHT // scale, WIDTH // scale)
+    header = read_header(data)
+    height, width = decoded_size(header, least)
+    buffer = np.full(height * width * 4 + 1000, 77, dtype=np.uint8)
+    pixels = decode(data, header, min_size=least, buffer=buffer)
+    assert (height, width) == least
+    np.testing.assert_array_equal(pixels, decode(data, header, min_size=least))
+    assert np.all(buffer[-1000:] == 77)
+    if header.mode != "CMYK":  # which Pillow decodes
+        assert np.shares_memory(pixels, buffer)
 
 
 def test_min_size_is_checked() -> None:

@@ -188,7 +188,7 @@ def test_odd_images_become_plain_ones() -> None:
         assert read_header(prepared).orientation == 1
         if format != "JPEG":  # without loss
             wanted = Image.fromarray(decode(odd)[..., :3]).resize(
-                got.size, Image.Resampling.LANCZOS, reducing_gap=3.0
+                got.size, Image.Resampling.LANCZOS
             )
             assert np.array_equal(np.asarray(got), np.asarray(wanted))
 
@@ -210,6 +210,20 @@ def test_cropping_and_normalising_together() -> None:
     scale = 80 / 600
     distance = np.hypot(x + 0.5 - 430 * scale, y + 0.5 - 310 * scale) / (250 * scale)
     assert np.abs(pixels[distance > 1.0] - 128).max() <= 8
+
+
+def test_the_central_square_is_that_of_a_central_crop() -> None:
+    data = encoded(Image.open(RETINA).convert("RGB").resize((301, 200)), "PNG")
+    square = PrepareSettings(size=64, square=True)
+    got = Image.open(io.BytesIO(prepare_image(data, ".png", square)))
+    wanted = Image.fromarray(decode(data)[..., :3])
+    wanted = wanted.resize((80, 80), Image.Resampling.LANCZOS, box=(50, 0, 250, 200))
+    assert np.array_equal(np.asarray(got), np.asarray(wanted))
+    small = encoded(Image.new("RGB", (60, 40)), "PNG")  # small enough, but not square
+    assert Image.open(io.BytesIO(prepare_image(small, ".png", square))).size == (40, 40)
+    of_the_eye = encoded(draw_eye(900, 600, 250, centre=(430, 310), noise=2), quality=98)
+    both = PrepareSettings(size=64, square=True, crop_border=True)
+    assert Image.open(io.BytesIO(prepare_image(of_the_eye, ".jpeg", both))).size == (80, 80)
 
 
 @pytest.fixture(scope="module")

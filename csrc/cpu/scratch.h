@@ -3,6 +3,8 @@
 // large as the largest call needed. Instances are thread_local.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -18,19 +20,21 @@ class Scratch {
   float* floats(int64_t count) {
     if (count > size_) {
       memory_.reset();
-      memory_.reset(static_cast<float*>(std::aligned_alloc(kAlignment, bytes(count))));
+      const bool large = count * int64_t{sizeof(float)} >= kLargePage / 2;
+      const int64_t alignment = large ? kLargePage : kPage;
+      const int64_t bytes =
+          (count * int64_t{sizeof(float)} + alignment - 1) / alignment * alignment;
+      memory_.reset(static_cast<float*>(std::aligned_alloc(alignment, bytes)));
       size_ = memory_ ? count : 0;
-      check(memory_ != nullptr, "out of memory: ", bytes(count), " bytes of scratch");
+      check(memory_ != nullptr, "out of memory: ", bytes, " bytes of scratch");
+      if (large) madvise(memory_.get(), bytes, MADV_HUGEPAGE);
       std::fill(memory_.get(), memory_.get() + count, 0.0f);
     }
     return memory_.get();
   }
 
  private:
-  static constexpr int64_t kAlignment = 4096;
-  static int64_t bytes(int64_t count) {
-    return (count * int64_t{sizeof(float)} + kAlignment - 1) / kAlignment * kAlignment;
-  }
+  static constexpr int64_t kPage = 4096, kLargePage = 2 << 20;
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };

@@ -163,9 +163,7 @@ class Planner {
     p.u.origin -= columns.begin * (int64_t{1} << kPositionBits);
     p.v.origin -= rows.begin * (int64_t{1} << kPositionBits);
     p.stride = padded_stride(p.columns);
-    p.sideways_stride = padded_stride(p.rows);
-    if (resized)
-      p.sideways = pixels(sideways_, whole_squares(p.source_columns) * p.sideways_stride);
+    if (resized) p.sideways = pixels(sideways_, whole_squares(p.source_columns) * kSquare);
     if (resized || !has_wide_pixels(source))
       p.upright = pixels(upright_, whole_squares(p.rows) * p.stride);
   }

@@ -38,8 +38,7 @@ struct WarpParams {
   const ResizedLine* resized_columns;  // [columns]
   const float* weights;
   uint32_t* upright;   // [rows, stride]
-  uint32_t* sideways;  // [source_columns, sideways_stride], the rows resized and transposed
-  int64_t sideways_stride;
+  uint32_t* sideways;  // [source_columns, kSquare], some rows resized and transposed
 
   // What is turned: the source's part itself, or the resized crop's.
   int64_t rows, columns, stride;  // stride in pixels; unused where the source itself is turned

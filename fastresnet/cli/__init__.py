@@ -187,6 +187,9 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
         "--crop-border", action="store_true", help="cut the black frame off photographs of eyes"
     )
     prepare.add_argument(
+        "--square", action="store_true", help="keep only the central square, as crop=center sees"
+    )
+    prepare.add_argument(
         "--local-average",
         action="store_true",
         help="subtract the local average colour of photographs of eyes (Graham 2015)",

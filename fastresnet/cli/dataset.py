@@ -141,6 +141,7 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> int:
                 size=arguments.size,
                 headroom=arguments.headroom,
                 crop_border=arguments.crop_border,
+                square=arguments.square,
                 local_average=arguments.local_average,
             ),
             layout=arguments.layout,

@@ -58,6 +58,7 @@ __all__ = [
     "Kind",
     "as_plain",
     "decode",
+    "decoded_size",
     "read_header",
     "reduction",
     "upright",
@@ -73,7 +74,11 @@ _ENOUGH_LINES = 0.95
 
 
 def decode(
-    data: bytes, header: Header | None = None, *, min_size: tuple[int, int] | None = None
+    data: bytes,
+    header: Header | None = None,
+    *,
+    min_size: tuple[int, int] | None = None,
+    buffer: np.ndarray | None = None,
 ) -> np.ndarray:
     """Decodes a file to uint8 [height, width, 4]: red, green, blue and 255, contiguous.
 
@@ -84,12 +89,19 @@ def decode(
         header: what :func:`read_header` said of ``data``, if it is known.
         min_size: the (height, width) that suffice, as stored: a JPEG is then decoded at a scale of
             1 / :func:`reduction`, in less time.
+        buffer: uint8, of at least as many bytes as the result: the memory of which the result is a
+            view, where libjpeg writes it. Fresh memory for each image costs its pages each time.
 
     Raises:
-        ImageError: the file cannot be used.
+        ImageError: the file cannot be used; ``buffer`` is undefined.
     """
     header = read_header(data) if header is None else header
-    return _decode(data, header, reduction(header, min_size))
+    return _decode(data, header, reduction(header, min_size), buffer)
+
+
+def decoded_size(header: Header, min_size: tuple[int, int] | None) -> tuple[int, int]:
+    """The height and width of what :func:`decode` returns."""
+    return _reduced(header, reduction(header, min_size))
 
 
 def reduction(header: Header, min_size: tuple[int, int] | None) -> int:
@@ -175,9 +187,11 @@ def _reduced(header: Header, scale: int) -> tuple[int, int]:
     return math.ceil(header.height / scale), math.ceil(header.width / scale)
 
 
-def _decode(data: bytes, header: Header, scale: int) -> np.ndarray:
+def _decode(
+    data: bytes, header: Header, scale: int, buffer: np.ndarray | None = None
+) -> np.ndarray:
     if header.format == "jpeg" and simplejpeg is not None:
-        return _decode_turbo(data, header, scale)
+        return _decode_turbo(data, header, scale, buffer)
     if header.format == "jpeg":
         _say_that_simplejpeg_is_missing()
     if header.format == "png":
@@ -193,8 +207,11 @@ def _say_that_simplejpeg_is_missing() -> None:
     )
 
 
-def _decode_turbo(data: bytes, header: Header, scale: int) -> np.ndarray:
-    options: dict[str, Any] = {"colorspace": "CMYK" if header.mode == "CMYK" else "RGBX"}
+def _decode_turbo(data: bytes, header: Header, scale: int, buffer: np.ndarray | None) -> np.ndarray:
+    options: dict[str, Any] = {
+        "colorspace": "CMYK" if header.mode == "CMYK" else "RGBX",
+        "buffer": buffer,
+    }
     if scale > 1:
         options["min_height"], options["min_width"] = _reduced(header, scale)
     try:

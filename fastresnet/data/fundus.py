@@ -79,7 +79,7 @@ def subtract_local_average(
         centre: of the eye, (x, y) in pixels.
         radius: of the eye, in pixels.
     """
-    # Pillow's blur is within a level of the Gaussian, and rounded to whole levels, as Graham's was.
+    # Pillow's blur is on average within a level of the Gaussian, and rounded, as Graham's was.
     average = np.asarray(image.filter(ImageFilter.GaussianBlur(radius / 30)), dtype=np.int16)
     pixels = 4 * (np.asarray(image, dtype=np.int16) - average) + 128
     y, x = np.ogrid[: image.height, : image.width]

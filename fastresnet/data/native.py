@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from fastresnet import ops
 from fastresnet.data.augment import Augment, choose, colour_matrices, turns
 from fastresnet.data.backend import PooledBackend
-from fastresnet.data.decode import decode, read_header, reduction
+from fastresnet.data.decode import decode, decoded_size, read_header, reduction
 from fastresnet.data.orientation import is_transposed, to_stored
 
 # libjpeg's reduction keeps more of the finest detail than an antialiased resize does. In pictures
@@ -27,6 +29,10 @@ class NativeBackend(PooledBackend):
     :func:`fastresnet.ops.warp`, which also applies the EXIF orientation."""
 
     name = "native"
+
+    def __init__(self, *, workers: int, prefetch: int) -> None:
+        super().__init__(workers=workers, prefetch=prefetch)
+        self._memory = _Memory()
 
     def load(self, data: bytes, numbers: np.ndarray, augment: Augment, out: Tensor) -> None:
         header = read_header(data)
@@ -43,9 +49,11 @@ class NativeBackend(PooledBackend):
         turn = back[:, :2] @ turn + np.column_stack([np.zeros((2, 2)), back[:, 2]])
 
         covering = _cover(header.height, header.width, box, resized)
-        pixels = decode(data, header, min_size=covering)
+        height, width = decoded_size(header, covering)
+        buffer = self._memory.of(height * width * 4)
+        pixels = decode(data, header, min_size=covering, buffer=buffer)
         box /= reduction(header, covering)
-        scale, shift = augment.normalisation(3)
+        scale, shift = _normalisation(augment)
         ops.warp(
             torch.from_numpy(pixels[None]),
             torch.zeros(1, dtype=torch.int64),
@@ -53,12 +61,32 @@ class NativeBackend(PooledBackend):
             torch.tensor([resized]),
             torch.from_numpy(turn[None]),
             size=size,
-            scale=torch.from_numpy(scale),
-            shift=torch.from_numpy(shift),
+            scale=scale,
+            shift=shift,
             colours=torch.from_numpy(colour_matrices(choices)) if augment.changes_colour else None,
             dtype=out.dtype,
             out=out,
         )
+
+
+class _Memory(threading.local):
+    """What a thread decodes into, image after image: 1.5 times the images a second of 640 px."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, dtype=np.uint8)
+
+    def of(self, count: int) -> np.ndarray:
+        """At least ``count`` bytes, as the last image left them."""
+        if count > self._bytes.size:
+            # From this size on numpy asks for large pages.
+            self._bytes = np.empty(max(count, 4 << 20), dtype=np.uint8)
+        return self._bytes
+
+
+@functools.lru_cache(maxsize=8)  # not each image's anew
+def _normalisation(augment: Augment) -> tuple[Tensor, Tensor]:
+    scale, shift = augment.normalisation(3)
+    return torch.from_numpy(scale), torch.from_numpy(shift)
 
 
 def _cover(height: int, width: int, box: np.ndarray, resized: tuple[int, int]) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import math
 import os
 import threading
 import time
@@ -26,7 +27,7 @@ from fastresnet.data.datasets.errors import DatasetError, Problem
 from fastresnet.data.datasets.file_set import read_file
 from fastresnet.data.datasets.index import Entry, Index
 from fastresnet.data.datasets.registry import LAYOUTS, UNFINISHED, find_layout
-from fastresnet.data.decode import ImageError, decode, read_header, upright, verify
+from fastresnet.data.decode import Header, ImageError, decode, read_header, upright, verify
 from fastresnet.data.fundus import Box, find_eye, subtract_local_average
 from fastresnet.data.parallel import Progress, map_in_order, report
 from fastresnet.files import write_atomically
@@ -43,6 +44,9 @@ _FORMATS = {
     ".ppm": "PPM",
     ".pgm": "PPM",
 }
+# JPEGs are decoded at a scale that leaves at least this many pixels for one: that differs less from
+# shrinking the whole than the encoding will (43 to 54 dB beside 39 to 43, on photographs).
+_OVERSAMPLING = 1.5
 _JPEG_OPTIONS = {"quality": 95, "subsampling": "4:4:4"}
 
 
@@ -58,6 +62,8 @@ class PrepareSettings:
             No image is enlarged.
         crop_border: cut off the black frame of photographs of eyes:
             :func:`fastresnet.data.fundus.find_eye`.
+        square: keep only the central square (of what the border leaves): all that training with
+            ``crop="center"`` sees, and less to read.
         local_average: subtract the local average colour of photographs of eyes:
             :func:`fastresnet.data.fundus.subtract_local_average`.
     """
@@ -65,6 +71,7 @@ class PrepareSettings:
     size: int = 512
     headroom: float = 1.25
     crop_border: bool = False
+    square: bool = False
     local_average: bool = False
 
     def __post_init__(self) -> None:
@@ -193,22 +200,22 @@ def prepare_image(data: bytes, suffix: str, settings: PrepareSettings) -> bytes:
     short = min(header.width, header.height)
     plain = header.orientation == 1 and header.mode in ("L", "RGB")
     same = format == header.format.upper() and short <= settings.short_side
-    if plain and same and not settings.crop_border and not settings.local_average:
+    whole = not settings.crop_border and not (settings.square and header.width != header.height)
+    if plain and same and whole and not settings.local_average:
         verify(data)
         return data
-    pixels = upright(decode(data, header), header.orientation)
-    height, width = pixels.shape[:2]
-    image = Image.frombuffer("RGBX", (width, height), pixels, "raw", "RGBX", 0, 1)
-    whole = Box(0, 0, width, height)
-    eye = find_eye(image) if settings.crop_border or settings.local_average else whole
-    box = eye if settings.crop_border else whole
+    enough = math.ceil(_OVERSAMPLING * settings.short_side)
+    image = _upright(data, header, (enough, enough))
+    eye, box = _boxes(image, settings)
+    if min(box.width, box.height) < enough:  # the eye fills little of the image
+        image = _upright(data, header, None)
+        eye, box = _boxes(image, settings)
     scale = min(settings.short_side / min(box.width, box.height), 1.0)
     size = (max(round(box.width * scale), 1), max(round(box.height * scale), 1))
     image = image.resize(
         size,
         Image.Resampling.LANCZOS,
         box=(box.left, box.top, box.right, box.bottom),
-        reducing_gap=3.0,
     ).convert("RGB")
     if settings.local_average:
         centre = (eye.left + eye.right) / 2 - box.left, (eye.top + eye.bottom) / 2 - box.top
@@ -223,6 +230,26 @@ def prepare_image(data: bytes, suffix: str, settings: PrepareSettings) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **({"lossless": True} if format == "WEBP" else options))
     return file.getvalue()
+
+
+def _upright(data: bytes, header: Header, min_size: tuple[int, int] | None) -> Image.Image:
+    pixels = upright(decode(data, header, min_size=min_size), header.orientation)
+    height, width = pixels.shape[:2]
+    return Image.frombuffer("RGBX", (width, height), pixels, "raw", "RGBX", 0, 1)
+
+
+def _boxes(image: Image.Image, settings: PrepareSettings) -> tuple[Box, Box]:
+    """Where the eye is, if that matters, and what is kept of the image."""
+    whole = Box(0, 0, image.width, image.height)
+    eye = find_eye(image) if settings.crop_border or settings.local_average else whole
+    kept = eye if settings.crop_border else whole
+    return eye, _central_square(kept) if settings.square else kept
+
+
+def _central_square(box: Box) -> Box:
+    side = min(box.width, box.height)
+    left, top = box.left + (box.width - side) // 2, box.top + (box.height - side) // 2
+    return Box(left, top, left + side, top + side)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastresnet.train.checkpoint import write_atomically
+from fastresnet.files import write_atomically
 from fastresnet.train.pages import draw, flatten, number, percent, render, text
 from fastresnet.train.plots import OVERLAID, Line, line_style, overlay_figure, save_png
 from fastresnet.train.run_directory import Run

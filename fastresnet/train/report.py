@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastresnet.train.checkpoint import write_atomically
+from fastresnet.files import write_atomically
 from fastresnet.train.confusion import Confusion
 from fastresnet.train.pages import (
     Drawing,
@@ -45,7 +45,7 @@ _PAGE_CURVES = (LOSS, ACCURACY, KAPPA, LEARNING_RATE)
 _MISTAKES = 24
 _SMALL = 64  # pixels: smaller images are shown with their pixels to be seen
 _HEADLINE = ("epoch", "accuracy", "kappa", "images", "majority")  # shown there, not as tiles
-_LABELS = {"loss": "test loss", "referable_auc": "AUC of referable grades"}
+_LABELS = {"loss": "test loss", "auc": "AUC of referable grades"}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from fastresnet.train.checkpoint import write_atomically
+from fastresnet.files import write_atomically
 from fastresnet.train.confusion import Confusion, read_confusion
 
 _CONFIG, _SUMMARY, _FAILED = "config.json", "summary.json", "failed.json"

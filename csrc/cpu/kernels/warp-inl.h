@@ -259,10 +259,14 @@ void turn_as(const WarpParams& p, const View& view) {
 template <int channels>
 View prepared(const WarpParams& p) {
   if (p.resized_rows) {
-    resize_rows<channels>(p.source, p.source_stride, p.source_columns, p.resized_rows, p.rows,
-                          p.weights, p.sideways, p.sideways_stride);
-    resize_rows<4>(reinterpret_cast<const uint8_t*>(p.sideways), p.sideways_stride * 4, p.rows,
-                   p.resized_columns, p.columns, p.weights, p.upright, p.stride);
+    // Few rows at a time both ways: what lies between stays in the nearest cache.
+    for (int64_t row = 0; row < p.rows; row += kSquare) {
+      const int64_t rows = std::min(kSquare, p.rows - row);
+      resize_rows<channels>(p.source, p.source_stride, p.source_columns, p.resized_rows + row, rows,
+                            p.weights, p.sideways, kSquare);
+      resize_rows<4>(reinterpret_cast<const uint8_t*>(p.sideways), kSquare * 4, rows,
+                     p.resized_columns, p.columns, p.weights, p.upright + row * p.stride, p.stride);
+    }
   } else if (p.upright) {
     for (int64_t row = 0; row < p.rows; ++row)
       for (int64_t column = 0; column < p.columns; ++column)
