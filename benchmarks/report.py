@@ -384,7 +384,7 @@ def main() -> None:
         return
     plots = {name: plot(name, found[name]) for name in PLOTTED if name in found}
     short = [
-        section(name, found[name], plots[name], README, short=True)
+        section(name, found[name], plots.get(name), README, short=True)
         for name in IN_README
         if name in found
     ]

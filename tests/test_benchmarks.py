@@ -262,6 +262,9 @@ def test_report_of_every_suite(
     slow._same_again = [1.0, 1.0]
     rows = slow.rows()
     harness.append(rows)
+    # A suite that has no plot.
+    slow.suite = "data"
+    harness.append(slow.rows())
     # Rows from before there were further figures, of an earlier run of the same case.
     old = [json.loads(json.dumps(vars(row))) for row in rows]
     for row in old:
@@ -279,6 +282,7 @@ def test_report_of_every_suite(
     assert "123" not in page
     assert "**0.70**, above the aim of 0.65" in readme
     assert "tiny-6-b3-float32, backward" in readme
+    assert report.SUITES["data"] in readme
     assert "part-6-b3-float32" not in readme
     assert "part-6-b3-float32-16x6x6-24-3x3-middle-forward" in page
     assert "float32 50 GFLOP/s (torch.mm), 10.0 GB/s (copy)" in page
