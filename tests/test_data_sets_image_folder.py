@@ -5,11 +5,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from fastresnet.data import DatasetError, load_image_csv, load_image_folder
+from fastresnet.data import (
+    DatasetError,
+    ImageSet,
+    load_image_csv,
+    load_image_folder,
+    open_dataset,
+    write_image_csv,
+)
 from fastresnet.data.datasets.image_csv import index_image_csv
 from fastresnet.data.datasets.image_folder import index_image_folder
 
@@ -160,3 +169,29 @@ def test_two_lists_are_one_too_many(tmp_path: Path) -> None:
         write_csv(tmp_path, "0,train/Adonis/0.jpg,Adonis,train,x", name=name)
     with pytest.raises(DatasetError, match=r"expected one CSV file .* got a.csv, b.csv"):
         load_image_csv(tmp_path)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_written_in_both_layouts(tmp_path: Path, channels: int) -> None:
+    classes = ("T-shirt/top", "Coat", "Bag")
+    shade = torch.arange(6, dtype=torch.uint8).mul(40)[:, None, None, None]
+    images = shade.expand(6, 9, 12, channels).contiguous()
+    whole = ImageSet(images, torch.tensor([0, 1, 2, 0, 1, 2]))
+    parts = {"train": whole, "validation": whole.subset(torch.tensor([1])), "test": whole}
+    write_image_csv(parts, classes, tmp_path)
+    dataset = open_dataset(tmp_path)
+    assert "image-csv" in dataset.source
+    assert dataset.classes == classes
+    for name, part in parts.items():
+        assert dataset.parts[name].labels.tolist() == part.labels.tolist()
+        for path, pixels in zip(dataset.parts[name].paths, part.images, strict=True):
+            image = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).int()
+            assert image.shape == (9, 12, 3)
+            assert (image - pixels.int()).abs().max() <= 1
+    folders = load_image_folder(tmp_path)
+    assert folders.classes == ("Bag", "Coat", "T-shirt-top")
+    assert torch.bincount(folders.validation.labels, minlength=3).tolist() == [0, 1, 0]
+    with pytest.raises(DatasetError, match=r"expected parts of train, validation, test, got 'val'"):
+        write_image_csv({"val": whole}, classes, tmp_path)
+    with pytest.raises(DatasetError, match=r"expected training labels in 0\.\.1, got 0\.\.2"):
+        write_image_csv({"train": whole}, classes[:2], tmp_path)

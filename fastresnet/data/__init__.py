@@ -24,6 +24,7 @@ from fastresnet.data.datasets import (
     load_retinopathy,
     open_dataset,
     write_cifar10,
+    write_image_csv,
     write_mnist_m,
     write_retinopathy,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "make_loader",
     "open_dataset",
     "write_cifar10",
+    "write_image_csv",
     "write_mnist_m",
     "write_retinopathy",
 ]

@@ -7,7 +7,7 @@ from fastresnet.data.datasets.digits import load_digits
 from fastresnet.data.datasets.errors import DatasetError, DatasetNotFoundError, Problem
 from fastresnet.data.datasets.fashion_mnist import load_fashion_mnist
 from fastresnet.data.datasets.file_set import FileDataset, FileSet
-from fastresnet.data.datasets.image_csv import load_image_csv
+from fastresnet.data.datasets.image_csv import load_image_csv, write_image_csv
 from fastresnet.data.datasets.image_folder import load_image_folder
 from fastresnet.data.datasets.image_set import ImageDataset, ImageSet
 from fastresnet.data.datasets.mnist import load_mnist
@@ -37,6 +37,7 @@ __all__ = [
     "load_retinopathy",
     "open_dataset",
     "write_cifar10",
+    "write_image_csv",
     "write_mnist_m",
     "write_retinopathy",
 ]

@@ -8,9 +8,15 @@ others, such as ``scientific name``, are passed over.
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+from PIL import Image
+
+from fastresnet.data.datasets.errors import DatasetError
 from fastresnet.data.datasets.file_set import FileDataset
+from fastresnet.data.datasets.image_set import ImageSet, check_labels
 from fastresnet.data.datasets.index import Entry, Index, find_files
 from fastresnet.data.datasets.table import Row, find_column, whole_number
 
@@ -22,6 +28,7 @@ _PARTS = {
     "validation": "validation",
     "test": "test",
 }
+_FOLDERS = {"train": "train", "validation": "valid", "test": "test"}
 
 
 def recognises(folder: Path) -> bool:
@@ -148,3 +155,35 @@ def _class_numbers(
         # The errors above say what is wrong; entries get numbers all the same.
         return {name: number for number, name in enumerate(names)}
     return numbers
+
+
+def write_image_csv(
+    parts: Mapping[str, ImageSet], classes: Sequence[str], folder: Path, *, quality: int = 95
+) -> None:
+    """Writes images of any origin in the layout above, and as an image folder at the same time, as
+    a stand-in for the real data.
+
+    Args:
+        parts: by name, of "train", "validation" and "test"; images in 1 or 3 channels.
+        classes: the names of the classes.
+        folder: where ``images.csv`` and the folders ``train``, ``valid`` and ``test`` go.
+        quality: of the JPEGs, without chroma subsampling.
+
+    Raises:
+        DatasetError: a part has another name, or a label is none of a class.
+    """
+    rows = [("class id", "filepaths", "labels", "data set")]
+    for part, images in parts.items():
+        if part not in _FOLDERS:
+            raise DatasetError(f"expected parts of {', '.join(_FOLDERS)}, got {part!r}")
+        check_labels(images.labels, tuple(classes), source=str(folder), part=part)
+        for number, label in enumerate(images.labels.tolist()):
+            # A name may have what a path cannot.
+            name = f"{_FOLDERS[part]}/{classes[label].replace('/', '-')}/{number:05}.jpg"
+            rows.append((str(label), name, classes[label], _FOLDERS[part]))
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            pixels = images.images[number].numpy()
+            image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+            image.save(folder / name, quality=quality, subsampling="4:4:4")
+    with (folder / "images.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
