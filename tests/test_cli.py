@@ -13,8 +13,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from fastresnet import cli
-from fastresnet.cli import info
+from fastresnet import cli, environment
 from fastresnet.data.datasets import fashion_mnist
 
 # Fashion-MNIST where no place has it and there is no network.
@@ -204,9 +203,9 @@ def test_info_never_raises(
     def broken() -> dict:
         raise RuntimeError("no such build\nsecond line")
 
-    monkeypatch.setattr(info._extension, "build_info", broken)
-    monkeypatch.setattr(info.torch.cpu, "get_capabilities", broken)
-    monkeypatch.setattr(info.torch.cuda, "device_count", broken)
+    monkeypatch.setattr(environment._extension, "build_info", broken)
+    monkeypatch.setattr(environment.torch.cpu, "get_capabilities", broken)
+    monkeypatch.setattr(environment.torch.cuda, "device_count", broken)
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("unknown (RuntimeError: no such build)") == 3
@@ -214,6 +213,6 @@ def test_info_never_raises(
 
 
 def test_environment_is_json() -> None:
-    facts = info.environment()
+    facts = environment.environment()
     assert json.loads(json.dumps(facts)) == facts
     assert facts["versions"]["torch"]

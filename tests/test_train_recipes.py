@@ -15,9 +15,8 @@ from PIL import Image
 from rich.console import Console
 
 from fastresnet import models
-from fastresnet.cli.train import train_recipe
-from fastresnet.cli.wiring import open_data, pixels, split
 from fastresnet.data import write_retinopathy
+from fastresnet.runs import open_data, pixels, split, train_recipe
 from fastresnet.train import RECIPES, apply_overrides
 
 TINY = [
@@ -70,10 +69,12 @@ def test_grades_of_photographs_end_to_end(tmp_path: Path) -> None:
     parts = split(recipe, dataset)
     assert not set(parts.train.groups.tolist()) & set(parts.validation.groups.tolist())
     console = Console(file=io.StringIO(), width=200)
-    train_recipe(recipe, dataset, folder=tmp_path / "run", resume=False, console=console)
+    result = train_recipe(recipe, dataset, folder=tmp_path / "run", console=console)
     assert "quadratic weighted kappa" in console.file.getvalue()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert len(summary["thresholds"]) == 4
+    assert summary["thresholds"] == result.thresholds.tolist()
+    assert summary["test"]["kappa"] == result.evaluation.kappa
     assert summary["test"]["images"] == 12
     assert {"kappa", "auc", "recall", "majority"} <= set(summary["test"])
     with np.load(tmp_path / "run" / "predictions.npz") as found:
@@ -97,7 +98,7 @@ def test_folders_with_their_own_validation_part(tmp_path: Path) -> None:
     assert [len(part) for part in (parts.train, parts.validation, parts.test)] == [30, 10, 10]
     assert pixels(parts.test, 0).shape == (36, 36, 3)
     console = Console(file=io.StringIO(), width=200)
-    train_recipe(recipe, dataset, folder=tmp_path / "run", resume=False, console=console)
+    train_recipe(recipe, dataset, folder=tmp_path / "run", console=console)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["classes"] == [f"class {index}" for index in range(5)]
     assert "kappa" not in summary["test"]

@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
-from fastresnet.cli.train import format_figures
-from fastresnet.cli.wiring import (
+from fastresnet.runs import (
     build_loader,
     build_network,
     build_objective,
+    format_figures,
     open_data,
     shown,
     split,
