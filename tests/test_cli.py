@@ -155,6 +155,7 @@ def no_network(root: Path) -> None:
             ["train", "digits", *("--set", "model.head=lab3"), *("--set", "model.name=vgg11_bn")],
             "model: expected a ResNet",
         ),
+        (["train", "digits", "--set", "model.head=lab3"], "expected a ResNet of total stride 32"),
         (["train", "digits", "--set", "data.batch_size=5000"], "one full batch of 5000 images"),
         (["train", "digits", "--resume"], "--resume: expected --output"),
         (["train", "digits", "--resume", "--output", "."], "expected the folder of a run, got ."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import pytest
 import torch
@@ -329,3 +330,24 @@ def test_bad_sizes_are_named() -> None:
 
 def test_simple_cnn_of_other_images() -> None:
     assert models.simple_cnn(7, 1, image_size=28)(torch.randn(2, 1, 28, 28)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("image_size", [32, 224, 512])
+def test_lab3_head_is_refused_where_the_stride_is_another(image_size: int) -> None:
+    # Its map of 512 x 512 would be 64 x 64: a linear layer of 58 x 58 x 512 inputs that no image
+    # then fits.
+    with torch.device("meta"):
+        model = models.cifar_resnet18()
+    message = (
+        rf"expected a ResNet of total stride 32, .* got one that makes {(image_size // 8) ** 2}"
+    )
+    with pytest.raises(TypeError, match=message):
+        models.lab3_head(model, image_size, 5)
+
+
+@pytest.mark.parametrize("image_size", [1, 33, 100, 256])
+@pytest.mark.parametrize("kind", [models, torchvision.models])
+def test_lab3_head_takes_the_images_it_is_made_for(image_size: int, kind: ModuleType) -> None:
+    model = models.lab3_head(kind.resnet18(), image_size, 5).eval()
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, image_size, image_size)).shape == (1, 5)

@@ -4,6 +4,9 @@ describes it."""
 
 from __future__ import annotations
 
+import copy
+
+import torch
 import torchvision
 from torch import nn
 
@@ -32,7 +35,8 @@ def lab3_head(
         ``model``.
 
     Raises:
-        TypeError: ``model`` is not a ResNet that ends in a global average and a linear layer.
+        TypeError: ``model`` is not a ResNet that ends in a global average and a linear layer, or
+            its total stride is another.
         ValueError: ``image_size`` is not positive.
     """
     if not (
@@ -47,8 +51,23 @@ def lab3_head(
     if image_size < 1:
         raise ValueError(f"image_size: expected at least 1, got {image_size}")
     side = -(-image_size // _STRIDE)  # each of five halvings rounds up
+    found = _map_size(model, image_size)
+    if found != side**2:
+        raise TypeError(
+            f"model: expected a ResNet of total stride {_STRIDE}, whose layer4 makes {side**2} "
+            f"places of an image of {image_size} x {image_size}, got one that makes {found}"
+        )
     window = min(_WINDOW, side)
     positions = (side - window + 1) ** 2
     model.avgpool = nn.AvgPool2d(window, stride=1)
     model.fc = nn.Linear(model.fc.in_features * positions, num_classes)
     return model
+
+
+def _map_size(model: torchvision.models.ResNet, image_size: int) -> int:
+    """The places in ``layer4``'s map, found without computing anything."""
+    trunk = copy.deepcopy(model).to("meta").eval()
+    trunk.avgpool, trunk.fc = nn.Identity(), nn.Identity()
+    image = torch.empty(1, model.conv1.in_channels, image_size, image_size, device="meta")
+    with torch.no_grad():
+        return trunk(image.to(model.conv1.weight.dtype)).numel() // model.fc.in_features
