@@ -83,11 +83,11 @@ def _write_retinopathy(folder: Path, small: bool) -> None:
     data = importlib.resources.files("elpv_dataset") / "data"
     rows = [line.split() for line in (data / "labels.csv").read_text().splitlines()]
     if small:
-        rows = rows[::10]
+        rows = rows[::20]
     # The package says what a cell is made of, not which module it is from: another kind begins
     # another module.
     kinds = np.array([kind for _, _, kind in rows])
-    modules = np.cumsum(_place_in_run(kinds) % (_MODULE // 10 if small else _MODULE) == 0)
+    modules = np.cumsum(_place_in_run(kinds) % (_MODULE // 20 if small else _MODULE) == 0)
     eyes = np.cumsum(_place_in_run(modules) % 2 == 0)
     grades = torch.tensor([round(3 * float(probability)) for _, probability, _ in rows])
     _, test = hold_out(grades, 0.2, seed=0, groups=torch.from_numpy(modules))
@@ -152,8 +152,8 @@ def _write_cifar10(folder: Path, small: bool) -> None:
     if small:
         pictures = ImageDataset(
             name=pictures.name,
-            train=pictures.train.subset(torch.arange(640)),
-            test=pictures.test.subset(torch.arange(160)),
+            train=pictures.train.subset(torch.arange(200)),
+            test=pictures.test.subset(torch.arange(50)),
             classes=pictures.classes,
             source=pictures.source,
         )
