@@ -250,6 +250,45 @@ def damaged(tiny: FileSet, folder: Path) -> FileSet:
     return FileSet(tuple(paths), tiny.labels)
 
 
+def test_weights_in_every_backend(tiny: FileSet, backend: str) -> None:
+    weights = torch.ones(len(tiny))
+    weights[:2] = 10
+    augment = Augment(size=16, crop="random-resized", hflip=0.5)
+    ours, reference = (
+        [*loader(tiny, augment, chosen, weights=weights)] for chosen in (backend, "torchvision")
+    )
+    labels = torch.cat([labels for _, labels in ours])
+    assert torch.equal(labels, torch.cat([labels for _, labels in reference]))
+    images, expected = (torch.cat([images for images, _ in made]) for made in (ours, reference))
+    assert (images - expected).abs().mean() < 1 / 255
+    assert (torch.bincount(labels)[:2] - len(tiny) * 10 / weights.sum()).abs().max() < 1
+    views = images[labels == 0]
+    distances = torch.cdist(views.flatten(1), views.flatten(1))
+    assert distances[~torch.eye(len(views), dtype=bool)].min() > 0  # each another crop
+
+
+@pytest.mark.parametrize("on_error", ["skip", "placeholder"])
+def test_bad_files_that_come_often(
+    tmp_path: Path, tiny: FileSet, backend: str, on_error: str
+) -> None:
+    files = damaged(tiny, tmp_path)
+    weights = torch.ones(len(files))
+    weights[3] = 20  # the truncated one
+    settings = {"on_error": on_error, "error_limit": 0.2, "weights": weights}
+    made = loader(files, Augment(size=8), backend, **settings)
+    images, labels = (torch.cat(tensors) for tensors in zip(*made, strict=True))
+    assert len(labels) == len(files)
+    assert 3 in made.faults.files
+    black = images.flatten(1).abs().amax(1) == 0
+    if on_error == "skip":
+        assert not black.any()
+        assert 3 not in labels
+    else:
+        assert torch.equal(
+            black, torch.tensor([int(label) in made.faults.files for label in labels])
+        )
+
+
 def test_a_bad_file_is_raised_with_its_name(tmp_path: Path, tiny: FileSet, backend: str) -> None:
     files = damaged(tiny, tmp_path)
     with pytest.raises(ImageError, match=r"truncated\.jpg: .*") as caught:

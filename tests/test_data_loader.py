@@ -143,10 +143,16 @@ def test_bfloat16_images_are_the_rounded_ones() -> None:
         TensorLoader(image_set(3), spec, batch_size=8, training=True, dtype=torch.float16)
 
 
-def test_shards_are_the_parts_of_one_loaders_batches() -> None:
-    whole = TensorLoader(image_set(), augment(), batch_size=8, training=True)
+# The first images come several times an epoch, most of the others in some epochs only.
+WEIGHTS = np.where(np.arange(COUNT) < 4, 8.0, 1.0)
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_shards_are_the_parts_of_one_loaders_batches(weights: np.ndarray | None) -> None:
+    settings = {"training": True, "weights": weights}
+    whole = TensorLoader(image_set(), augment(), batch_size=8, **settings)
     shards = [
-        TensorLoader(image_set(), augment(), batch_size=4, training=True, shard=shard, num_shards=2)
+        TensorLoader(image_set(), augment(), batch_size=4, shard=shard, num_shards=2, **settings)
         for shard in (0, 1)
     ]
     for (images, labels), *parts in zip(whole, *shards, strict=True):
@@ -154,9 +160,13 @@ def test_shards_are_the_parts_of_one_loaders_batches() -> None:
         assert torch.equal(labels, torch.cat([part[1] for part in parts]))
 
 
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
 @pytest.mark.parametrize("step", [0, 3, 7])
-def test_state_of_epoch_and_step_gives_the_rest_of_the_stream(step: int) -> None:
-    loader = TensorLoader(image_set(), augment(), batch_size=8, training=True, seed=9)
+def test_state_of_epoch_and_step_gives_the_rest_of_the_stream(
+    step: int, weights: np.ndarray | None
+) -> None:
+    settings = {"batch_size": 8, "training": True, "seed": 9, "weights": weights}
+    loader = TensorLoader(image_set(), augment(), **settings)
     loader.set_epoch(2)
     batches = list(loader)
     loader.set_epoch(2)
@@ -166,7 +176,7 @@ def test_state_of_epoch_and_step_gives_the_rest_of_the_stream(step: int) -> None
     state = loader.state_dict()
     assert state == {"epoch": 2, "step": step}
 
-    again = TensorLoader(image_set(), augment(), batch_size=8, training=True, seed=9)
+    again = TensorLoader(image_set(), augment(), **settings)
     again.load_state_dict(state)
     assert again.state_dict() == state
     rest = list(again)
@@ -176,6 +186,22 @@ def test_state_of_epoch_and_step_gives_the_rest_of_the_stream(step: int) -> None
         assert torch.equal(labels, wanted_labels)
     assert again.state_dict() == {"epoch": 3, "step": 0}
     assert len(list(again)) == 7  # the state counts once
+
+
+def test_an_image_that_comes_again_in_an_epoch_is_augmented_anew() -> None:
+    source = image_set()
+    loader = make_loader(source, augment(), 8, training=True, weights=torch.from_numpy(WEIGHTS))
+    images, labels = (torch.cat(tensors) for tensors in zip(*loader, strict=True))
+    counts = torch.bincount(labels, minlength=COUNT)
+    assert len(labels) == COUNT
+    assert (counts[:4] - COUNT * 8 / WEIGHTS.sum()).abs().max() < 1
+    assert (counts[4:] == 0).any()
+    for label in range(4):
+        views = images[labels == label]
+        # 81 crops and two ways round, so that two of five may be the same now and then.
+        assert len(views.flatten(1).unique(dim=0)) > len(views) / 2
+    with pytest.raises(ValueError, match="expected no weights of images that are not shuffled"):
+        make_loader(source, augment(), 8, training=False, weights=torch.from_numpy(WEIGHTS))
 
 
 def test_state_of_another_set_is_refused() -> None:

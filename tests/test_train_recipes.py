@@ -16,8 +16,9 @@ from rich.console import Console
 
 from fastresnet import models
 from fastresnet.data import write_retinopathy
-from fastresnet.runs import open_data, pixels, split, train_recipe
+from fastresnet.runs import build_loader, open_data, pixels, split, train_recipe
 from fastresnet.train import RECIPES, apply_overrides
+from fastresnet.train.distributed import World
 
 TINY = [
     "amp=none",
@@ -104,3 +105,23 @@ def test_folders_with_their_own_validation_part(tmp_path: Path) -> None:
     assert "kappa" not in summary["test"]
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["source"]["revision"]
+
+
+def test_balanced_training_shows_rare_grades_as_often_as_common_ones(tmp_path: Path) -> None:
+    grades = [0] * 48 + [2] * 12 + [3] * 6  # nobody of grades 1 and 4
+    write_retinopathy(photographs(66, 24), grades, None, tmp_path)
+    recipe = apply_overrides(RECIPES["retinopathy-resnet18"](), [*TINY, "augment.size=16"])
+    for balanced in (False, True):
+        chosen = apply_overrides(recipe, [f"data.balanced={str(balanced).lower()}"])
+        parts = split(chosen, open_data(chosen, tmp_path))
+        settings = {"device": torch.device("cpu"), "world": World()}
+        train = build_loader(chosen, parts.train, training=True, **settings)
+        counts = torch.bincount(torch.cat([labels for _, labels in train]), minlength=5)
+        if balanced:
+            assert counts[[1, 4]].tolist() == [0, 0]
+            assert counts[[0, 2, 3]].max() <= counts[[0, 2, 3]].min() + 8
+        else:
+            assert counts[0] > 5 * counts[3]
+        validation = build_loader(chosen, parts.validation, training=False, **settings)
+        shown = torch.cat([labels for _, labels in validation])
+        assert torch.equal(shown, parts.validation.labels)

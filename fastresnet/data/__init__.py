@@ -32,6 +32,7 @@ from fastresnet.data.decode import ImageError
 from fastresnet.data.faults import Faults, TooManyFaultsError
 from fastresnet.data.file_loader import FileLoader
 from fastresnet.data.loader import Loader
+from fastresnet.data.order import balancing_weights
 from fastresnet.data.selection import make_loader
 from fastresnet.data.tensor_loader import TensorLoader
 
@@ -51,6 +52,7 @@ __all__ = [
     "Problem",
     "TensorLoader",
     "TooManyFaultsError",
+    "balancing_weights",
     "build_mnist_m",
     "load_cifar10",
     "load_cifar100",

@@ -33,6 +33,7 @@ class FileLoader(Loader):
         seed: the seed of order and augmentation.
         drop_last: leave out a last batch of fewer than ``batch_size`` images.
         shard, num_shards: which part of each step's images is this loader's (:class:`Order`).
+        weights: how often each image comes, relative to the others (:class:`Order`).
         dtype: of the images, float32 or bfloat16.
         device: where the batches go.
         on_error, error_limit: what becomes of files that cannot be used (:class:`Faults`).
@@ -51,6 +52,7 @@ class FileLoader(Loader):
         drop_last: bool = False,
         shard: int = 0,
         num_shards: int = 1,
+        weights: np.ndarray | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         on_error: OnError = "raise",
@@ -64,6 +66,7 @@ class FileLoader(Loader):
             drop_last=drop_last,
             shard=shard,
             num_shards=num_shards,
+            weights=weights,
         )
         super().__init__(
             order, augment, training=training, dtype=dtype, device=torch.device(device)
@@ -75,14 +78,14 @@ class FileLoader(Loader):
         self._black = torch.from_numpy(augment.normalisation(3)[1]).to(dtype)[:, None, None]
 
     def _load(
-        self, epoch: int, batches: Iterator[np.ndarray], numbers: np.ndarray
+        self, epoch: int, batches: Iterator[np.ndarray], members: np.ndarray, numbers: np.ndarray
     ) -> Iterator[Batch]:
         asked: list[np.ndarray] = []  # batches that the backend has taken up, oldest first
 
         def requests() -> Iterator[list[partial[int | None]]]:
-            for indices in batches:
-                asked.append(indices)
-                yield [partial(self._fill, epoch, numbers, int(index)) for index in indices]
+            for places in batches:
+                asked.append(places)
+                yield [partial(self._fill, epoch, members, numbers, int(p)) for p in places]
 
         made = self.backend.batches(
             requests(),
@@ -92,7 +95,7 @@ class FileLoader(Loader):
             pinned=self.device.type == "cuda",
         )
         for images, shown in made:
-            indices = asked.pop(0)
+            indices = members[asked.pop(0)]
             if None in shown:
                 missing = torch.tensor([index is None for index in shown])
                 if self.faults.on_error == "skip":
@@ -106,11 +109,14 @@ class FileLoader(Loader):
                     ]
             yield images, self._files.labels[torch.tensor(shown, dtype=torch.int64)]
 
-    def _fill(self, epoch: int, numbers: np.ndarray, wanted: int, use: Use) -> int | None:
-        """A :class:`Slot`: gives the wanted file to ``use``, or one in its place."""
-        for index in self._candidates(epoch, wanted):
+    def _fill(
+        self, epoch: int, members: np.ndarray, numbers: np.ndarray, wanted: int, use: Use
+    ) -> int | None:
+        """A :class:`Slot`: gives the file of the wanted place to ``use``, or another's."""
+        for place in self._candidates(epoch, wanted):
+            index = int(members[place])
             try:
-                use(index, self._files.read(index), numbers[index])
+                use(index, self._files.read(index), numbers[place])
                 return index
             except ImageError as error:
                 self.faults.report(index, self._files.paths[index], error)

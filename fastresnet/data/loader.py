@@ -22,7 +22,8 @@ class Loader(ABC):
 
     In training, every epoch has its own order and its own augmentation, both fixed by (seed,
     epoch); otherwise images come in order and nothing is random. Each image comes exactly once an
-    epoch, except that a last batch that is not full may be left out (:class:`Order`).
+    epoch, except that a last batch that is not full may be left out, or with weights as often as
+    these say (:class:`Order`); each time it is augmented anew.
 
     An epoch that was gone through to its end is followed by the next one, unless
     :meth:`set_epoch` chooses another.
@@ -104,7 +105,8 @@ class Loader(ABC):
         epoch, begin, self._begin = self._epoch, self._begin, 0
         self._position = begin
         numbers = draw(self.order.count, seed=self.order.seed, epoch=epoch)
-        batches = self._load(epoch, self.order.batches(epoch, begin=begin), numbers)
+        places = self.order.batches(epoch, begin=begin)
+        batches = self._load(epoch, places, self.order.members(epoch), numbers)
         for images, labels in to_device(batches, self.device):
             self._position += 1
             yield images, labels
@@ -113,7 +115,7 @@ class Loader(ABC):
 
     @abstractmethod
     def _load(
-        self, epoch: int, batches: Iterator[np.ndarray], numbers: np.ndarray
+        self, epoch: int, batches: Iterator[np.ndarray], members: np.ndarray, numbers: np.ndarray
     ) -> Iterator[Batch]:
-        """The batches of images with these indices, int64 [B] each; ``numbers`` are the epoch's
-        random ones, a row an image of the set."""
+        """The batches of these places, int64 [B] each. Each place of the epoch has an image of the
+        set, ``members`` (int64 [N]), and a row of ``numbers``, the random ones."""

@@ -9,10 +9,11 @@ state of a loader.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
+from torch import Tensor
 
 
 class Stream(IntEnum):
@@ -36,9 +37,20 @@ def shuffled(count: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
+def balancing_weights(labels: Tensor) -> np.ndarray:
+    """Weights for :class:`Order`, float64 [N], with which all labels (int64 [N]) that there are
+    come equally often."""
+    values = labels.numpy()
+    return 1 / np.bincount(values)[values]
+
+
 @dataclass(frozen=True)
 class Order:
     """The batches of one shard.
+
+    An epoch has as many places as there are images, and each image is at one of them. With weights
+    an image is at as many places as its share of them says, rounded up or down at random, and
+    possibly at none: torch's WeightedRandomSampler with as little left to chance as can be.
 
     A step takes ``batch_size`` images for each of ``num_shards`` shards from the epoch's order,
     shard by shard: together the shards see at each step what one loader with ``num_shards`` times
@@ -53,9 +65,11 @@ class Order:
         drop_last: leave out what does not fill a batch in each shard.
         shard: this one, counted from 0.
         num_shards: how many there are.
+        weights: how often an image comes, relative to the others (float [count]); None: as often.
 
     Raises:
-        ValueError: a number is out of its range, or ``drop_last`` leaves nothing.
+        ValueError: a number is out of its range, ``drop_last`` leaves nothing, or there are weights
+            without ``shuffle``.
     """
 
     count: int
@@ -65,6 +79,7 @@ class Order:
     drop_last: bool = False
     shard: int = 0
     num_shards: int = 1
+    weights: np.ndarray | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -81,6 +96,21 @@ class Order:
                 f"expected at least one full batch of {self._step} images, got {self.count} "
                 "images and drop_last"
             )
+        if self.weights is not None:
+            self._check_weights(self.weights)
+
+    def _check_weights(self, weights: np.ndarray) -> None:
+        if not self.shuffle:
+            raise ValueError("expected no weights of images that are not shuffled, got some")
+        if weights.shape != (self.count,):
+            raise ValueError(
+                f"expected a weight for each of {self.count} images, got {list(weights.shape)}"
+            )
+        if not np.isfinite(weights).all() or weights.min() < 0 or weights.max() <= 0:
+            raise ValueError(
+                "expected finite weights of at least 0, not all of them 0, got "
+                f"{weights.min():g}..{weights.max():g}"
+            )
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -92,7 +122,8 @@ class Order:
         return self.count // self._step * self.batch_size + self._rest
 
     def batches(self, epoch: int, *, begin: int = 0) -> Iterator[np.ndarray]:
-        """The indices of each batch of an epoch, int64 [batch_size] or, of the last, fewer.
+        """The places of each batch of an epoch, int64 [batch_size] or, of the last, fewer: the
+        indices of their images (without weights), or of what :meth:`members` has for them.
 
         Args:
             begin: the first batch.
@@ -108,12 +139,32 @@ class Order:
             yield order[first : first + size]
 
     def followers(self, epoch: int, index: int, *, count: int) -> Iterator[int]:
-        """The up to ``count`` images that come behind ``index`` in an epoch's order, the first
-        behind the last."""
-        order = self._epoch(epoch)
-        (place,) = np.flatnonzero(order == index)
-        for step in range(1, min(count, self.count - 1) + 1):
-            yield int(order[(place + step) % self.count])
+        """The places of the up to ``count`` other images that come behind the place ``index`` in an
+        epoch's order, the first behind the last."""
+        order, members = self._epoch(epoch), self.members(epoch)
+        (begin,) = np.flatnonzero(order == index)
+        seen = {int(members[index])}
+        for step in range(1, self.count):
+            place = int(order[(begin + step) % self.count])
+            if len(seen) > count:
+                return
+            if int(members[place]) not in seen:
+                seen.add(int(members[place]))
+                yield place
+
+    def members(self, epoch: int) -> np.ndarray:
+        """The image at each place of an epoch, int64 [count]; without weights, the place itself."""
+        if self.weights is None:
+            return np.arange(self.count)
+        words = random_words(2 * self.count + 1, seed=self.seed, epoch=epoch, stream=Stream.ORDER)
+        words = words[self.count :]  # those in front shuffle the places
+        # Images in random order side by side, each as wide as its share: the one at each whole
+        # number and a random fraction is taken (systematic sampling, Madow & Madow 1944).
+        images = np.argsort(words[1:], kind="stable")
+        ends = np.cumsum(self.weights[images], dtype=np.float64)
+        fraction = (words[0] >> np.uint64(11)) * 2.0**-53
+        places = (np.arange(self.count) + fraction) * (ends[-1] / self.count)
+        return images[np.searchsorted(ends[:-1], places, side="right")]
 
     def _epoch(self, epoch: int) -> np.ndarray:
         if not self.shuffle:

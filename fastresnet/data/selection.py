@@ -6,7 +6,9 @@ from __future__ import annotations
 import os
 from typing import Literal, get_args
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from fastresnet.data.augment import Augment
 from fastresnet.data.backend import Backend
@@ -34,6 +36,7 @@ def make_loader(
     drop_last: bool = False,
     shard: int = 0,
     num_shards: int = 1,
+    weights: Tensor | np.ndarray | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     workers: int | None = None,
@@ -59,6 +62,9 @@ def make_loader(
         drop_last: leave out what does not fill a batch.
         shard, num_shards: which part of each step's images is this loader's
             (:class:`fastresnet.data.order.Order`).
+        weights: in training, how often each image comes, relative to the others, float [N], as
+            torch's WeightedRandomSampler takes them; :func:`balancing_weights` makes those with
+            which each class comes as often as another. None: each once an epoch.
         dtype: of the images, float32 or bfloat16.
         device: where the batches go.
         workers: threads (default: as many as this process may use processors).
@@ -81,6 +87,7 @@ def make_loader(
         "drop_last": drop_last,
         "shard": shard,
         "num_shards": num_shards,
+        "weights": None if weights is None else np.asarray(weights, dtype=np.float64),
         "dtype": dtype,
         "device": device,
     }

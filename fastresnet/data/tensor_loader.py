@@ -26,6 +26,7 @@ class TensorLoader(Loader):
         seed: the seed of order and augmentation.
         drop_last: leave out a last batch of fewer than ``batch_size`` images.
         shard, num_shards: which part of each step's images is this loader's (:class:`Order`).
+        weights: how often each image comes, relative to the others (:class:`Order`).
         dtype: of the images, float32 or bfloat16.
         device: where the images are kept and augmented.
     """
@@ -41,6 +42,7 @@ class TensorLoader(Loader):
         drop_last: bool = False,
         shard: int = 0,
         num_shards: int = 1,
+        weights: np.ndarray | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -52,6 +54,7 @@ class TensorLoader(Loader):
             drop_last=drop_last,
             shard=shard,
             num_shards=num_shards,
+            weights=weights,
         )
         super().__init__(
             order, augment, training=training, dtype=dtype, device=torch.device(device)
@@ -70,19 +73,19 @@ class TensorLoader(Loader):
         self._side = np.array([height, width])
 
     def _load(
-        self, epoch: int, batches: Iterator[np.ndarray], numbers: np.ndarray
+        self, epoch: int, batches: Iterator[np.ndarray], members: np.ndarray, numbers: np.ndarray
     ) -> Iterator[Batch]:
         size = self._size
-        for indices in batches:
-            sides = np.broadcast_to(self._side, (len(indices), 2))
-            choices = choose(self.augment, sides, numbers[indices])
+        for places in batches:
+            sides = np.broadcast_to(self._side, (len(places), 2))
+            choices = choose(self.augment, sides, numbers[places])
             colours = colour_matrices(choices) if self.augment.changes_colour else None
-            index = torch.from_numpy(indices).to(self.device)
+            index = torch.from_numpy(members[places]).to(self.device)
             images = ops.warp(
                 self._images,
                 index,
                 torch.from_numpy(choices.boxes),
-                torch.tensor(size).repeat(len(indices), 1),
+                torch.tensor(size).repeat(len(places), 1),
                 torch.from_numpy(turns(choices, size=size)),
                 size=size,
                 scale=self._scale,

@@ -30,6 +30,9 @@ class DataConfig:
     # The share of the training images that is held out to choose the best epoch; none: the set's
     # own validation part.
     validation: float | None = 1 / 12
+    # Show each class as often as another in training, rare ones' images several times an epoch and
+    # common ones' not in all; no: each image once.
+    balanced: bool = False
     backend: Literal["auto", "dali", "native", "torchvision"] = "auto"  # what decodes files
     workers: int | None = None  # its threads; none: as many as there are processors
     on_error: Literal["raise", "skip", "placeholder"] = "raise"  # at files that cannot be used
