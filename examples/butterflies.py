@@ -43,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--data", type=Path, metavar="DIR", help="default: a stand-in")
     parser.add_argument("--output", type=Path, default=Path("runs", "butterflies"), metavar="DIR")
-    parser.add_argument(
-        *("--set", "-s"), dest="settings", action="append", default=[], metavar="NAME=VALUE"
-    )
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--quick", action="store_true", help="small and short, to see it work")
     arguments = parser.parse_args(argv)
 

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pretrained", metavar="WEIGHTS", help="torchvision's name, or a file")
     parser.add_argument("--output", type=Path, default=Path("runs", "retinopathy"), metavar="DIR")
     parser.add_argument(
-        *("--set", "-s"),
+        "--set",
         dest="settings",
         action="append",
         default=[],

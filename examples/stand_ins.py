@@ -66,7 +66,7 @@ def stand_in(name: str, folder: Path | None = None, *, small: bool = False) -> P
     """
     folder = folder or Path("data", "stand-ins", f"{name}-small" if small else name)
     unfinished = folder / UNFINISHED  # readers refuse a folder with it
-    if folder.exists() and not unfinished.exists():
+    if folder.is_dir() and any(folder.iterdir()) and not unfinished.exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     unfinished.touch()
