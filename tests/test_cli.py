@@ -131,6 +131,10 @@ def test_a_whole_run_falls_back_to_digits_and_resumes(
     assert "epoch 1/2" not in capsys.readouterr().out
     same = json.loads((folder / "summary.json").read_text())
     assert same["test_accuracy"] == summary["test_accuracy"]
+    # The time in all is that of the epochs too, whichever process trained them.
+    seconds = [row["seconds"] for row in map(json.loads, metrics) if row["event"] == "epoch"]
+    assert summary["seconds"] > sum(seconds)
+    assert same["seconds"] > sum(seconds)
 
 
 def no_network(root: Path) -> None:
