@@ -39,9 +39,14 @@ SUITES = {
         "is better."
     ),
     "train_scaling": "How a training step grows with network, batch, side and threads.",
+    "time_to_accuracy": (
+        "Seconds of training until the test images are known that well, ours and torchvision's "
+        "ResNet-18 each on its own loader, in turn epoch by epoch; lower is better. Fashion-MNIST "
+        "written as CIFAR-10, one run of each."
+    ),
     "operators": "Each fused operator, forward and backward; higher is better.",
 }
-IN_README = ("train_step", "train_memory", "conv_layers", "data")
+IN_README = ("train_step", "train_memory", "conv_layers", "data", "time_to_accuracy")
 PLOTTED = ("train_step", "train_memory", "conv_layers")
 PAGE_INTRODUCTION = (
     "Written by `benchmarks/report.py` from the measurements in `benchmarks/results/`: the latest "
@@ -71,11 +76,12 @@ class Result:
         return max(timed, key=lambda row: sign * row["p50"], default=None)
 
     @property
-    def noise(self) -> float:
-        """What separates the baseline from itself in this run, or its own spread if greater."""
+    def noise(self) -> float | None:
+        """What separates the baseline from itself in this run, or its own spread if greater; None
+        where it ran but once."""
         same, baseline = self.best("noise"), self.best("baseline")
         if same is None or baseline is None:
-            return 0.0
+            return None
         spread = (baseline["p80"] - baseline["p20"]) / 2 / baseline["p50"]
         return max(abs(same["p50"] / baseline["p50"] - 1), spread)
 
@@ -90,13 +96,15 @@ class Result:
         return verdict(self.ratio, self.noise, self.first["bar"], lower=self.lower_is_better)
 
 
-def verdict(ratio: float | None, noise: float, bar: float | None, *, lower: bool = False) -> str:
+def verdict(
+    ratio: float | None, noise: float | None, bar: float | None, *, lower: bool = False
+) -> str:
     """A ratio of ours to the best peer in words: a gain in bold, a loss and a missed bar named."""
     if ratio is None:
         return "failed"
     gains = ratio < 1 if lower else ratio > 1
     reached = bar is None or (ratio <= bar if lower else ratio >= bar)
-    if abs(ratio - 1) <= noise:
+    if abs(ratio - 1) <= (noise or 0.0):
         text = f"no difference ({ratio:.2f})"
     elif gains:
         text = f"**{ratio:.2f}**"
@@ -129,7 +137,7 @@ def table(results: list[Result]) -> str:
         for result in here:
             figures = " | ".join(figure(result.rows.get(name)) for name in providers)
             case = result.first["case"]
-            lines.append(f"| {case} | {figures} | {result.verdict} | {result.noise:.1%} |")
+            lines.append(f"| {case} | {figures} | {result.verdict} | {share(result.noise)} |")
         parts.append(f"{place}\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
@@ -238,7 +246,7 @@ def layer_table(results: list[Result]) -> str:
         for result in here:
             cells = [layer_figure(result.rows.get(name)) for name in providers]
             cells = [str(result.first["config"]["count"]), *cells]
-            cells += [result.verdict, f"{result.noise:.1%}"]
+            cells += [result.verdict, share(result.noise)]
             lines.append(f"| {result.first['case']} | {' | '.join(cells)} |")
         roofs = dict.fromkeys(roof(result.first["config"]) for result in here)
         parts.append(f"{place}\n\nFloors: {'; '.join(roofs)}.\n\n" + "\n".join(lines))
@@ -272,6 +280,10 @@ def figure(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
     return f"{row['p50']:.3g}" if row["p50"] else row["status"].partition(":")[0]
+
+
+def share(noise: float | None) -> str:
+    return "unknown" if noise is None else f"{noise:.1%}"
 
 
 def describe(result: Result) -> str:

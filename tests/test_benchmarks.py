@@ -12,6 +12,7 @@ from pathlib import Path
 
 import bench_conv_layers
 import bench_data
+import bench_time_to_accuracy
 import bench_train_memory
 import bench_train_step
 import harness
@@ -22,6 +23,9 @@ from bench_conv_layers import Torch, TorchConvolution
 from layers import POSITIONS, Layer, conv_layers
 from providers import MODEL_PROVIDERS
 from roofline import Peak, Roofline, measure
+
+from fastresnet.data import ImageSet
+from fastresnet.train import RECIPES, apply_overrides
 
 ROOFLINE = Roofline(
     multiply={"bfloat16": Peak("torch.mm", 100.0), "float32": Peak("torch.mm", 50.0)},
@@ -362,3 +366,60 @@ def test_a_loader_whose_pixels_are_others_is_not_timed(monkeypatch: pytest.Monke
     truth = torch.rand(8, 3, 32, 32, dtype=torch.float64)
     bench_data.check_pixels(comparison, truth)
     assert {provider.status.partition(":")[0] for provider in comparison.providers} == {"failed"}
+
+
+def accuracy_race(monkeypatch: pytest.MonkeyPatch, **changes) -> list[list[harness.Row]]:
+    """Two epochs of two steps."""
+    monkeypatch.setattr(bench_time_to_accuracy, "WORKERS", 0)
+    recipe = apply_overrides(
+        RECIPES["cifar10-fast"](),
+        ["schedule.epochs=2", "schedule.sizes=8,16", "data.batch_size=8"],
+    )
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (16, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    known = ImageSet(images, torch.arange(16) % 2)
+    return bench_time_to_accuracy.race(recipe, known, known, classes=10, **changes)
+
+
+def test_time_to_an_accuracy(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_of = accuracy_race(monkeypatch, targets=[0.0, 1.1])
+    for reached, rows in zip((True, False), rows_of, strict=True):
+        assert [row.role for row in rows] == ["baseline", "ours"]
+        for row in rows:
+            first, second = (row.figures[f"s after epoch {epoch}"] for epoch in (1, 2))
+            assert 0 < first < second
+            assert row.figures["images/s"] == pytest.approx(2 * 16 / second)
+            assert row.p50 == (first if reached else None)
+            assert row.status.startswith("ok" if reached else "failed: ")
+            assert (row.better, row.bar) == ("lower", 0.5)
+        harness.append(rows)
+    monkeypatch.setattr(sys, "argv", ["report.py"])
+    report.main()
+    readme = report.README.read_text()
+    assert "fashion-mnist-as-cifar10-0%" in readme
+    assert "| failed | failed | failed | unknown |" in readme
+
+
+def test_a_race_ends_when_both_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    (rows,) = accuracy_race(monkeypatch, targets=[0.0])
+    assert all("s after epoch 1" in row.figures for row in rows)
+    assert all("s after epoch 2" not in row.figures for row in rows)
+
+
+@pytest.mark.parametrize("wrong", ["pixels", "weights"])
+def test_a_race_of_other_work_is_refused(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = bench_time_to_accuracy.trainings
+
+    def changed(*arguments, **options) -> list[bench_time_to_accuracy.Training]:
+        peer, ours = make(*arguments, **options)
+        with torch.no_grad():
+            if wrong == "pixels":
+                ours.test_loader._shift += 0.5
+            else:
+                ours.model.fc.weight *= 2
+        return [peer, ours]
+
+    monkeypatch.setattr(bench_time_to_accuracy, "trainings", changed)
+    message = "grey levels apart" if wrong == "pixels" else "our logits are"
+    with pytest.raises(ValueError, match=message):
+        accuracy_race(monkeypatch, targets=[0.0])
