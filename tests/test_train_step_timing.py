@@ -16,10 +16,11 @@ from fastresnet.train.step_timing import format_timing, time_steps
 class Network(nn.Module):
     """Two layers; ``slip`` is the relative error of a kernel that computes something else."""
 
-    def __init__(self, slip: float = 0.0) -> None:
+    def __init__(self, slip: float = 0.0, dropout: float = 0.0) -> None:
         super().__init__()
         self.conv = nn.Conv2d(1, 8, 3, padding=1)
         self.norm = nn.BatchNorm2d(8)
+        self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(8, 4)
         self.slip = slip
         self.steps = 0
@@ -27,7 +28,7 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.steps += self.training
         features = torch.relu(self.norm(self.conv(x))).mean((2, 3))
-        return self.fc(features) * (1 + self.slip)
+        return self.fc(self.dropout(features)) * (1 + self.slip)
 
 
 def run(model: nn.Module, peer: nn.Module, amp: torch.dtype | None):
@@ -62,11 +63,12 @@ def test_equal_networks_agree_and_are_left_alone(amp: torch.dtype | None) -> Non
     assert "DIFFER" not in line
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize(("amp", "slip"), [(None, 1e-3), (torch.bfloat16, 0.1)])
 def test_a_network_that_computes_something_else_is_named(
-    amp: torch.dtype | None, slip: float
+    amp: torch.dtype | None, slip: float, dropout: float
 ) -> None:
-    timing = run(Network(slip), Network(), amp)
+    timing = run(Network(slip, dropout), Network(dropout=dropout), amp)
     assert not timing.outputs_agree
     assert "OUTPUTS DIFFER" in format_timing(timing, peer="torchvision")
 

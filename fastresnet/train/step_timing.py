@@ -125,6 +125,10 @@ def format_timing(timing: StepTiming, *, peer: str) -> str:
 def _output(network: nn.Module, images: Tensor, amp: torch.dtype | None) -> Tensor:
     # In training mode, on a copy: batch statistics are part of the step, running ones would move.
     network = copy.deepcopy(network).train()
+    # Two draws of dropout would be further apart than any two kernels.
+    for module in network.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
     with autocast(amp, images.device):
         return network(images).float()
 
