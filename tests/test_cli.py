@@ -120,6 +120,7 @@ def test_a_whole_run_falls_back_to_digits_and_resumes(
         assert f"{summary['test_accuracy']:.2%} on 360 images" in capsys.readouterr().out
         facts = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
         assert facts["loss"] == pytest.approx(summary["test_loss"], rel=1e-4)
+        assert matplotlib.image.imread(tmp_path / "evaluation" / "confusion.png").std() > 0.01
         assert cli.main(["eval", "run/best.safetensors", "--threads", "1"]) == 0
         assert cli.main(["eval", "run/last.pt"]) == 2
         assert "expected a safetensors file" in capsys.readouterr().err

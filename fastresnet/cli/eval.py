@@ -23,10 +23,11 @@ from fastresnet.runs import (
 )
 from fastresnet.train import ConfigError, Recipe, apply_overrides
 from fastresnet.train.checkpoint import CheckpointError, load_weights
-from fastresnet.train.confusion import write_confusion
+from fastresnet.train.confusion import Confusion, write_confusion
 from fastresnet.train.distributed import World
 from fastresnet.train.evaluate import evaluate
 from fastresnet.train.overrides import from_dict
+from fastresnet.train.plots import confusion_figure, save_png
 from fastresnet.train.precision import resolve_amp, resolve_device
 from fastresnet.train.predictions import write_predictions
 from fastresnet.train.run_directory import write_json
@@ -69,6 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         write_confusion(arguments.output, evaluation.confusion, dataset.classes)
+        figure = confusion_figure(Confusion(evaluation.confusion.numpy(), dataset.classes))
+        title = f"{recipe.name}: {evaluation.images:,} {arguments.part} images"
+        save_png(figure, arguments.output / "confusion.png", title=title)
         write_predictions(arguments.output / "predictions.npz", evaluation, shown(loader, part))
         write_json(arguments.output / "evaluation.json", {"source": dataset.source, **figures})
         console.print(f"written to {arguments.output}", highlight=False)
