@@ -195,6 +195,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
     )
     assert pair.returncode == 0, pair.stderr
     assert pair.stdout.count("epoch 2/2  lr") == 1  # one of them prints
+    assert "Warning" not in pair.stderr
     assert cli.main([*settings, "--output", f"{tmp_path}/one", "--set", "data.batch_size=128"]) == 0
 
     # At a learning rate that lets rounding grow slowly: at 0.02 one process with one thread and one

@@ -7,6 +7,7 @@ the images come from.
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Iterator
@@ -465,7 +466,10 @@ def _replicate(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:
     """The model as it is called in training: its gradients are the mean over the processes."""
     if world.size == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=not recipe.sync_batch_norm)
+    # A later name for the same: torch 2.14 warns of the earlier one.
+    names = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return DistributedDataParallel(model, **{name: not recipe.sync_batch_norm})
 
 
 def format_epoch(row: EpochRow, epochs: int) -> str:
