@@ -6,20 +6,23 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import json
 import math
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 from html_page import Page, assert_sound
 from PIL import Image
 from run_folders import add_events, events, write_run
 
 from fastresnet.train import report
+from fastresnet.train.confusion import write_confusion
 from fastresnet.train.pages import duration, number, percent, text, thumbnail
 from fastresnet.train.report import write_report
-from fastresnet.train.run_directory import RunError
+from fastresnet.train.run_directory import RunError, write_json
 
 SECTIONS = {
     "result",
@@ -126,6 +129,41 @@ def test_the_headline_of_grades_is_kappa(tmp_path: Path) -> None:
     assert len(page.of("figure")) == 4
     assert (folder / "kappa.png").is_file()
     assert "furthest from their grade" in page.sections["mistakes"]
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize("select", ["accuracy", "kappa", "loss"])
+def test_the_best_epoch_says_what_chose_it(tmp_path: Path, select: str) -> None:
+    folder = write_run(tmp_path / "run", classes=tuple("01234"), ordinal=True)
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {**config, "evaluation": {"select": select}})
+    (test,) = events(folder, "test")
+    value = events(folder, "epoch")[test["epoch"] - 1][f"val_{select}"]
+    said = percent(value) if select == "accuracy" else number(value)
+    assert f"validation {select} {said}" in Page(write_report(folder)).sections["result"]
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_class_without_test_images(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", classes=tuple("01234"))
+    counts = torch.full((5, 5), 2)
+    counts[4] = 0
+    write_confusion(folder, counts, tuple("01234"))
+    page = Page(write_report(folder))
+    (classes,) = page.tables["classes"]
+    assert classes[4][-1] == "0 (2)"
+    assert classes[5][-1] == "no test images"
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_the_loader_and_why_it_was_chosen(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    write_json(
+        folder / "summary.json", {**summary, "loader": "native (the fastest for a CPU), 2 threads"}
+    )
+    speed = Page(write_report(folder)).sections["speed"]
+    assert "loader native (the fastest for a CPU), 2 threads" in speed
 
 
 @pytest.mark.usefixtures("no_plots")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -136,10 +137,16 @@ def _facts(run: Run) -> list[Fact]:
             Fact("lowest recall", percent(float(recall[worst]), 1), run.confusion.classes[worst])
         )
     if run.best:
-        validation = percent(run.best.get("val_accuracy"))
+        select = run.config.get("evaluation", {}).get("select", "accuracy")
+        value = run.best.get(f"val_{select}")
+        chosen = percent(value) if select == "accuracy" else number(value)
         planned = run.config.get("schedule", {}).get("epochs", len(run.epochs))
         facts.append(
-            Fact("best epoch", f"{run.best['epoch']} of {planned}", f"validation {validation}")
+            Fact(
+                "best epoch",
+                f"{run.best['epoch']} of {planned}",
+                f"validation {select} {chosen}",
+            )
         )
     if run.summary.get("seconds"):
         facts.append(Fact("time in all", duration(run.summary["seconds"])))
@@ -158,9 +165,14 @@ def _speed(run: Run) -> list[Fact]:
     if waits and seconds:
         share = percent(sum(waits) / sum(seconds), 1)
         facts.append(Fact("waiting for data", share, f"of the time, {duration(sum(waits))}"))
-    for key in ("device", "amp", "threads", "processes", "loader"):
+    for key in ("device", "amp", "threads", "processes"):
         if run.summary.get(key) is not None:
             facts.append(Fact(key, str(run.summary[key])))
+    if run.summary.get("loader"):
+        # "native (the fastest for a CPU), 2 threads": its name, and what else there is to say.
+        loader = str(run.summary["loader"])
+        name = re.match(r"[^(,]*", loader)[0].rstrip()
+        facts.append(Fact("loader", name, loader[len(name) :].strip(" ,")))
     return facts
 
 
