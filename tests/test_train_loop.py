@@ -554,3 +554,12 @@ def test_progress_draws_a_bar_on_a_terminal() -> None:
     assert "epoch 1/2 train" in drawn
     assert "━" in drawn
     assert "3/3" in drawn
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"), [(0.43, "0.4 images/s"), (9.9, "9.9 images/s"), (117.4, "117 images/s")]
+)
+def test_a_slow_training_has_a_speed_too(rate: float, said: str) -> None:
+    from fastresnet.train import progress
+
+    assert progress.speed(rate) == said

@@ -40,7 +40,7 @@ from fastresnet.train.metrics import Evaluation, RunningMetrics
 from fastresnet.train.objective import Objective
 from fastresnet.train.optim import build_optimizer, schedule_factor, set_learning_rate
 from fastresnet.train.precision import autocast, resolve_amp
-from fastresnet.train.progress import EpochProgress
+from fastresnet.train.progress import EpochProgress, speed
 from fastresnet.train.randomness import seed_step
 
 Selection = Literal["accuracy", "kappa", "loss"]
@@ -479,5 +479,5 @@ def format_epoch(row: EpochRow, epochs: int) -> str:
         f"epoch {row.epoch}/{epochs}  lr {row.learning_rate:.4g}  "
         f"train loss {row.train_loss:.4f} acc {row.train_accuracy:.2%}  "
         f"val loss {row.val_loss:.4f} acc {row.val_accuracy:.2%}{kappa}  "
-        f"{row.images_per_second:.0f} images/s  {row.seconds:.0f} s"
+        f"{speed(row.images_per_second)}  {row.seconds:.0f} s"
     )

@@ -18,6 +18,12 @@ _SECONDS_BETWEEN_LINES = 30.0
 _SECONDS_BETWEEN_READS = 0.5
 
 
+def speed(images_per_second: float) -> str:
+    """Images a second in words: whole ones, or tenths where they are few."""
+    digits = 0 if images_per_second >= 10 else 1
+    return f"{images_per_second:.{digits}f} images/s"
+
+
 class EpochProgress(AbstractContextManager):
     """Shows steps done, images per second and a short note, and says when a note is wanted.
 
@@ -109,7 +115,7 @@ class EpochProgress(AbstractContextManager):
     def show(self, note: str) -> None:
         """Shows the note beside the steps, the speed, and the share of time spent waiting."""
         waiting = self.waited / max(self.seconds, 1e-9)
-        text = f"{self.images_per_second:.0f} images/s  data {waiting:.0%}  {note}"
+        text = f"{speed(self.images_per_second)}  data {waiting:.0%}  {note}"
         if self._bar:
             self._bar.update(self._task, note=text)
         else:
