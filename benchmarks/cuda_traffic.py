@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes that one training step of a torchvision ResNet moves between a GPU and its memory, by how
-much is fused. A model, not a measurement: every pass reads and writes each of its tensors once, as
-if nothing stayed in cache from one pass to the next. ``tests/test_cuda_traffic.py`` counts what the
-kernels of this package really ask for and holds it against this.
+"""Bytes that one training step, or one inference, of a torchvision ResNet moves between a GPU and
+its memory, by how much is fused. A model, not a measurement: every pass reads and writes each of
+its tensors once, as if nothing stayed in cache from one pass to the next.
+``tests/test_cuda_traffic.py`` counts what the kernels of this package really ask for and holds it
+against this.
 
     python benchmarks/cuda_traffic.py [resnet50] [256]
 """
@@ -143,6 +144,77 @@ def training_bytes(model: torchvision.models.ResNet, batch: int) -> dict[str, di
     return result
 
 
+# The same in inference, beyond what the convolution itself reads and writes.
+_INFERENCE_PASSES = {
+    "eager": {  # batch norm 2; ReLU 2; add 3
+        "stem": 4,
+        "mid": 4,
+        "last": 7,
+        "dual": 7,
+        "down": 2,
+    },
+    "inductor": {  # batch norm, ReLU and add in a pass behind the convolution
+        "stem": 2,
+        "mid": 2,
+        "last": 3,
+        "dual": 3,
+        "down": 0,
+    },
+    "fused": {  # all in the convolution, which reads the residual as well
+        "stem": 0,
+        "mid": 0,
+        "last": 1,
+        "dual": 1,
+        "down": 0,
+    },
+}
+# NVIDIA's figures for an H100: bytes and 16-bit operations a second.
+BANDWIDTH, PEAK = 3.35e12, 800e12
+
+
+def inference_bytes(model: torchvision.models.ResNet, batch: int) -> dict[str, dict[str, float]]:
+    """Level -> part of the pass -> bytes. The weights are 16-bit ones; the classifier, and the
+    average in front of it, are left out."""
+    found = list(layers(model))
+    convolutions = sum(VALUE * (batch * (x.reads + x.values) + x.weights) for x in found)
+    stem = VALUE * batch * found[0].values
+    pooled = stem / 4
+    pool = {
+        "eager": stem + pooled + 4 * pooled,  # with int64 indices
+        "inductor": stem + pooled,
+        "fused": stem + 1.5 * pooled,  # with a byte for each index
+    }
+    return {
+        level: {
+            "convolutions": convolutions,
+            "batch norm, ReLU, add": sum(
+                VALUE * batch * layer.values * passes[layer.role] for layer in found
+            ),
+            "max-pool": pool[level],
+        }
+        for level, passes in _INFERENCE_PASSES.items()
+    }
+
+
+def inference_seconds(model: torchvision.models.ResNet, batch: int) -> dict[str, float]:
+    """Level -> the least time of an inference on an H100: each convolution as long as its bytes or
+    its operations take, whichever is longer, and everything else as long as its bytes take."""
+    found = list(layers(model))
+    parts = inference_bytes(model, batch)
+    result = {}
+    for level in LEVELS:
+        seconds = parts[level]["max-pool"] / BANDWIDTH
+        for layer in found:
+            moved = VALUE * (batch * (layer.reads + layer.values) + layer.weights)
+            more = VALUE * batch * layer.values * _INFERENCE_PASSES[level][layer.role]
+            operations = 2 * batch * layer.pixels * layer.weights
+            if level == "fused":
+                moved, more = moved + more, 0.0
+            seconds += max(moved / BANDWIDTH, operations / PEAK) + more / BANDWIDTH
+        result[level] = seconds
+    return result
+
+
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "resnet50"
     batch = int(sys.argv[2]) if len(sys.argv) > 2 else 256
@@ -152,6 +224,11 @@ def main() -> None:
     for level, parts in training_bytes(model, batch).items():
         each = ", ".join(f"{part} {value / 1e9:.1f}" for part, value in parts.items())
         print(f"{level:>9} {sum(parts.values()) / 1e9:6.1f}  ({each})")
+    print("GB an inference, by the model, and how many fit into an eager one on an ideal H100")
+    seconds = inference_seconds(model, batch)
+    for level, parts in inference_bytes(model, batch).items():
+        ratio = seconds["eager"] / seconds[level]
+        print(f"{level:>9} {sum(parts.values()) / 1e9:6.1f}  {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bytes that the CUDA kernels move in a training step of ResNet-50, counted in the emulator and
-held against the model of benchmarks/cuda_traffic.py.
+"""The bytes that the CUDA kernels move in a training step and an inference of ResNet-50, counted in
+the emulator and held against the model of benchmarks/cuda_traffic.py.
 
 What a kernel moves is linear in the batch, but for vectors and partial sums; so two small batches
 tell a large one. Convolutions and the optimiser are not kernels of ours: theirs is the model's.
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torchvision
-from cuda_traffic import Layer, layers, training_bytes
+from cuda_traffic import Layer, inference_bytes, inference_seconds, layers, training_bytes
 from emulator import BatchNormKernels, MaxPoolKernels, Norm
 
 BATCH = 256
@@ -62,6 +62,13 @@ def moved_by_stem(kernels: MaxPoolKernels, layer: Layer, batch: int) -> int:
     return total + sectors(kernels)
 
 
+def moved_by_inference_of_stem(kernels: MaxPoolKernels, layer: Layer, batch: int) -> int:
+    side = round(layer.pixels**0.5)
+    x = torch.zeros(batch, side, side, layer.channels, dtype=torch.bfloat16)
+    kernels.forward(x, ones(layer.channels), (3, 2, 1))
+    return sectors(kernels)
+
+
 def scaled(count: Callable[[int], int]) -> float:
     """What ``count`` says of a batch of one and of two, for a batch of BATCH."""
     one, two = count(1), count(2)
@@ -93,3 +100,21 @@ def test_resnet50_step(emulated: Callable[[str], ctypes.CDLL]) -> None:
     assert total == pytest.approx(86.7e9, rel=0.05)
     assert sum(parts["eager"].values()) == pytest.approx(121.8e9, rel=0.001)
     assert sum(parts["inductor"].values()) == pytest.approx(92.2e9, rel=0.001)
+
+
+def test_resnet50_inference(emulated: Callable[[str], ctypes.CDLL]) -> None:
+    """The stem's is the only kernel of ours in it: all else is in cuDNN's convolutions."""
+    with torch.device("meta"):
+        model = torchvision.models.resnet50()
+    max_pool = MaxPoolKernels(emulated("max_pool"))
+    stem = next(layers(model))
+    kernels = scaled(lambda batch: moved_by_inference_of_stem(max_pool, stem, batch))
+    parts = inference_bytes(model, BATCH)
+    assert kernels == pytest.approx(parts["fused"]["max-pool"], rel=0.01)
+    total = sum(parts["fused"].values()) - parts["fused"]["max-pool"] + kernels
+    print(f"an inference {total / 1e9:.2f} GB, {kernels / 1e9:.2f} of it counted")
+    assert total == pytest.approx(14.0e9, rel=0.01)
+    seconds = inference_seconds(model, BATCH)
+    # What the design promised of folded convolutions, and of inductor.
+    assert seconds["eager"] / seconds["fused"] == pytest.approx(2.65, rel=0.01)
+    assert seconds["eager"] / seconds["inductor"] == pytest.approx(1.65, rel=0.01)

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import resnet
 
 from ..ops import Fork
 from .batch_norm import PendingBatchNorm, add_relu, add_relu_fork, fused_call, has_hooks
-from .residual import Link, residual_block
+from .folded_block import folded_block
+from .folding import Foldable, forget_folds
+from .links import Link
+from .residual import residual_block
 from .sequential import FusedSequential
 
 
@@ -28,13 +32,22 @@ def shortcut(downsample: nn.Module | None, x: Tensor) -> PendingBatchNorm | Tens
     return x
 
 
-class BasicBlock(resnet.BasicBlock):
+def fused_block(block: BasicBlock | Bottleneck, links: list[Link], x: Tensor) -> Tensor | None:
+    """``block`` as one node in training, in a call a convolution in inference; None where it can
+    be neither."""
+    if torch.is_grad_enabled():
+        forget_folds(block)
+        return residual_block(links, block.relu, block.downsample, x)
+    return folded_block(links, block.relu, block.downsample, x)
+
+
+class BasicBlock(Foldable, resnet.BasicBlock):
     """Two 3x3 convolutions and a shortcut (He et al., 2015)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inplanes, H, W] -> [N, planes, H / stride, W / stride]."""
         links = [Link(self.conv1, self.bn1), Link(self.conv2, self.bn2)]
-        fused = residual_block(links, self.relu, self.downsample, x)
+        fused = fused_block(self, links, x)
         if fused is not None:
             return fused
 
@@ -43,6 +56,7 @@ class BasicBlock(resnet.BasicBlock):
 
     def fork(self, x: Fork) -> Fork:
         """:meth:`forward` between blocks whose gradients are added as they are read."""
+        forget_folds(self)
         return add_relu_fork(self.relu, *self.branches(*x))
 
     def branches(
@@ -59,13 +73,13 @@ class BasicBlock(resnet.BasicBlock):
         return out, shortcut(self.downsample, identity)
 
 
-class Bottleneck(resnet.Bottleneck):
+class Bottleneck(Foldable, resnet.Bottleneck):
     """1x1, 3x3 and 1x1 convolutions and a shortcut (He et al., 2015; stride in the 3x3)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inplanes, H, W] -> [N, 4 * planes, H / stride, W / stride]."""
         links = [Link(self.conv1, self.bn1), Link(self.conv2, self.bn2), Link(self.conv3, self.bn3)]
-        fused = residual_block(links, self.relu, self.downsample, x)
+        fused = fused_block(self, links, x)
         if fused is not None:
             return fused
 
@@ -74,6 +88,7 @@ class Bottleneck(resnet.Bottleneck):
 
     def fork(self, x: Fork) -> Fork:
         """:meth:`forward` between blocks whose gradients are added as they are read."""
+        forget_folds(self)
         return add_relu_fork(self.relu, *self.branches(*x))
 
     def branches(

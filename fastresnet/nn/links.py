@@ -132,10 +132,22 @@ def runs_as_node(x: Tensor) -> bool:
 
 
 def is_plain(link: Link, x: Tensor) -> bool:
-    """Whether the kernels can take over both modules at an input like ``x``: no hooks, no subclass,
-    nothing that they do not do."""
+    """Whether the kernels can take over both modules at an input like ``x``."""
     conv, bn = link
-    if (
+    return (
+        is_standard(link)
+        and conv.stride[0] <= 4
+        and bn.weight.device == x.device
+        and ops.has_conv_kernel(x, conv.weight, conv.groups)
+        and x.dtype == computed_dtype(link, x)
+    )
+
+
+def is_standard(link: Link) -> bool:
+    """Whether both modules are torch's own, do what every kernel does, and nobody would notice
+    that they were not called."""
+    conv, bn = link
+    return not (
         type(conv) is not nn.Conv2d
         or type(bn) is not nn.BatchNorm2d
         or has_hooks(conv)
@@ -146,20 +158,16 @@ def is_plain(link: Link, x: Tensor) -> bool:
         or bn.bias is None
         or (bn.running_mean is None) != (bn.running_var is None)
         or bn.num_features != conv.out_channels
-    ):
-        return False
-    if any(len(set(sizes)) > 1 for sizes in (conv.stride, conv.padding, conv.dilation)):
-        return False
-    # What torch's convolution would compute in.
-    dtype = (
-        torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else conv.weight.dtype
+        or any(len(set(sizes)) > 1 for sizes in (conv.stride, conv.padding, conv.dilation))
     )
-    return (
-        x.dtype == dtype
-        and conv.stride[0] <= 4
-        and bn.weight.device == x.device
-        and ops.has_conv_kernel(x, conv.weight, conv.groups)
-    )
+
+
+def computed_dtype(link: Link, x: Tensor) -> torch.dtype:
+    """What torch's convolution of ``x`` would compute in."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return link.conv.weight.dtype
 
 
 def mostly_padding(links: Sequence[Link], x: Tensor) -> bool:

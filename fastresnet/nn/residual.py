@@ -45,13 +45,13 @@ def residual_block(
     """
     if not runs_as_node(x) or type(relu) is not nn.ReLU or has_hooks(relu):
         return None
-    projection = _as_link(downsample) if downsample is not None else None
+    projection = as_link(downsample) if downsample is not None else None
     if downsample is not None and projection is None:
         return None
     every = links if projection is None else [*links, projection]
     if not all(is_plain(link, x) for link in every):
         return None
-    if not channels_fit(links, x) or not _branches_fit(links[-1], projection, x):
+    if not channels_fit(links, x) or not branches_fit(links[-1], projection, x):
         return None
     if mostly_padding(links, x):
         return None
@@ -68,7 +68,7 @@ def residual_block(
     return out
 
 
-def _branches_fit(last: Link, projection: Link | None, x: Tensor) -> bool:
+def branches_fit(last: Link, projection: Link | None, x: Tensor) -> bool:
     """Whether both branches end with the same channels and the same kind of statistics."""
     if projection is None:
         return last.conv.out_channels == x.shape[1]
@@ -79,7 +79,8 @@ def _branches_fit(last: Link, projection: Link | None, x: Tensor) -> bool:
     )
 
 
-def _as_link(downsample: nn.Module) -> Link | None:
+def as_link(downsample: nn.Module) -> Link | None:
+    """A shortcut of a convolution and a batch norm as a link; None for any other."""
     if type(downsample) not in (nn.Sequential, FusedSequential) or has_hooks(downsample):
         return None
     if len(downsample) != 2:

@@ -15,6 +15,7 @@ from .bn_act import (
     has_kernel,
 )
 from .conv import bn_sums, conv_bn_backward, conv_stats, has_conv_kernel
+from .conv_relu import conv_relu, has_conv_relu_kernel
 from .max_pool import bn_relu_max_pool, has_max_pool_kernel
 from .reference import ConvGradients, Fork, Normalized
 from .warp import warp
@@ -34,8 +35,10 @@ __all__ = [
     "bn_stats",
     "bn_sums",
     "conv_bn_backward",
+    "conv_relu",
     "conv_stats",
     "has_conv_kernel",
+    "has_conv_relu_kernel",
     "has_kernel",
     "has_max_pool_kernel",
     "reference",

@@ -211,6 +211,23 @@ def conv_stats(
     return y, *bn_stats(y)
 
 
+def conv_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``relu(conv2d(x, weight, bias) + residual)``."""
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return F.relu(y if residual is None else y + residual)
+
+
 def bn_sums(
     grad: Tensor,
     mask: Tensor | None,

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torchvision
@@ -122,3 +124,59 @@ def test_a_step_can_be_captured_in_a_graph() -> None:
         model(x).float().square().mean().backward()
     graph.replay()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def used(model: torch.nn.Module) -> torch.nn.Module:
+    """``model`` in evaluation mode, as after some training."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+            torch.nn.init.uniform_(module.weight, 0.2, 0.5)
+            torch.nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model.eval().cuda()
+
+
+def predict(model: torch.nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    enabled = dtype in DTYPES[1:]
+    with torch.no_grad(), torch.autocast("cuda", dtype if enabled else None, enabled=enabled):
+        return model(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "vgg11_bn"])
+def test_inference_is_torchvisions(name: str, dtype: torch.dtype) -> None:
+    ours = used(getattr(fastresnet.models, name)(num_classes=10))
+    theirs = fastresnet.revert(copy.deepcopy(ours))
+    x = torch.randn(16, 3, 96, 96, device="cuda")
+    exact = predict(copy.deepcopy(theirs).double(), x.double(), torch.float64)
+    with torch.profiler.profile() as profile:
+        found = predict(ours, x, dtype)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    joins = {"resnet18": 8, "resnet50": 16}.get(name, 0)
+    assert calls.get("aten::cudnn_convolution_add_relu", 0) == joins
+    assert ("aten::cudnn_convolution_relu" in calls) == (name != "resnext50_32x4d")
+    torchs = predict(theirs, x, dtype)
+    assert_no_worse(found, torchs, exact, "logits", exact.abs().max().item())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        on_another = predict(ours, x, dtype)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_no_worse(on_another, torchs, exact, "logits", exact.abs().max().item())
+
+
+def test_a_captured_inference_sees_new_weights() -> None:
+    model = used(fastresnet.models.resnet18(num_classes=10))
+    x = torch.randn(4, 3, 64, 64, device="cuda")
+    predict(model, x, torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = predict(model, x, torch.bfloat16)
+    with torch.no_grad():
+        model.layer1[0].conv1.weight.mul_(2)
+    model.train().eval()  # drops what was folded; the graph must not depend on it
+    torch.cuda.empty_cache()
+    graph.replay()
+    expected = predict(model, x, torch.bfloat16)
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
