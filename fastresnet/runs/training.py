@@ -32,6 +32,7 @@ from fastresnet.train.batches import to_device
 from fastresnet.train.config import to_dict
 from fastresnet.train.confusion import write_confusion
 from fastresnet.train.distributed import World
+from fastresnet.train.graph import check_recordable
 from fastresnet.train.journal import Journal
 from fastresnet.train.loop import TestResult, Trainer
 from fastresnet.train.metrics import Evaluation
@@ -79,6 +80,8 @@ def train_recipe(
     torch.use_deterministic_algorithms(recipe.deterministic)
     device = resolve_device(recipe.device)
     amp = resolve_amp(recipe.amp, device)
+    if recipe.cuda_graph:
+        check_recordable(device, world)
     parts = split(recipe, dataset)
     train_loader, val_loader, test_loader = (
         build_loader(recipe, part, training=training, device=device, world=world)

@@ -268,6 +268,9 @@ class Recipe:
     ema: float | None = None
     amp: Literal["auto", "bf16", "fp16", "none"] = "auto"  # auto: bf16 where the device has it
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Record forward and backward in a CUDA graph and replay that: for steps so short that the GPU
+    # waits for their launches. One process, one size of image.
+    cuda_graph: bool = False
     seed: int = 0
     deterministic: bool = False  # refuse torch's operators that may differ from run to run
     sync_batch_norm: bool = True  # of several processes
@@ -280,6 +283,8 @@ class Recipe:
         _require(self.seed >= 0, "seed", "at least 0", self.seed)
         _require(self.log_every >= 0, "log_every", "at least 0", self.log_every)
         _require(self.timed_steps >= 0, "timed_steps", "at least 0", self.timed_steps)
+        if self.cuda_graph:
+            self._check_graph()
         full = min(self.augment.height, self.augment.width)
         for size in self.schedule.sizes:
             _require(size <= full, "schedule.sizes", f"sizes of at most augment.size={full}", size)
@@ -288,6 +293,22 @@ class Recipe:
             "evaluation.ordinal",
             "true where loss.kind is regression",
             self.evaluation.ordinal,
+        )
+
+    def _check_graph(self) -> None:
+        # A graph is one sequence of launches on tensors of one size.
+        _require(self.device != "cpu", "cuda_graph", "false on the CPU", self.cuda_graph)
+        _require(
+            len(set(self.schedule.sizes)) <= 1,
+            "schedule.sizes",
+            "one size where cuda_graph is true",
+            self.schedule.sizes,
+        )
+        _require(
+            not (self.mix.mixup or self.mix.cutmix) or self.mix.probability in (0, 1),
+            "mix.probability",
+            "0 or 1 where cuda_graph is true",
+            self.mix.probability,
         )
 
 

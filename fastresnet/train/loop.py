@@ -34,6 +34,7 @@ from fastresnet.train.checkpoint import (
 from fastresnet.train.config import Recipe, to_dict
 from fastresnet.train.distributed import World
 from fastresnet.train.evaluate import evaluate, regraded, tune_thresholds
+from fastresnet.train.graph import CapturedBackward, CudaGraphs, Graphs, check_recordable
 from fastresnet.train.interruption import Interruption
 from fastresnet.train.journal import Journal
 from fastresnet.train.metrics import Evaluation, RunningMetrics
@@ -113,6 +114,10 @@ class Trainer:
         folder: an existing folder for the files.
         console: where progress and the epochs' lines go.
         world: the processes that train together, each with a copy of the model.
+        graphs: what records a step where ``recipe.cuda_graph`` asks for it; default: CUDA.
+
+    Raises:
+        ConfigError: ``recipe.cuda_graph`` without a GPU, or in several processes.
     """
 
     def __init__(
@@ -126,6 +131,7 @@ class Trainer:
         folder: Path,
         console: Console,
         world: World | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.model = model.to(memory_format=torch.channels_last)
         self.interruption = Interruption()
@@ -135,6 +141,8 @@ class Trainer:
         self._objective = objective
         self._folder = folder
         self._world = world or World()
+        if recipe.cuda_graph and graphs is None:
+            check_recordable(next(model.parameters()).device, self._world)
         self._console = console if self._world.writes else Console(quiet=True)
         self._device = next(model.parameters()).device
         self._amp = resolve_amp(recipe.amp, self._device)
@@ -145,6 +153,11 @@ class Trainer:
         if recipe.ema is not None:
             self._average = AveragedModel(
                 model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema), use_buffers=True
+            )
+        self._captured = None
+        if recipe.cuda_graph:
+            self._captured = CapturedBackward(
+                self._backward, model, graphs or CudaGraphs(self._device)
             )
         self._mix = build_mix(recipe.mix, classes=objective.classes)
         self._journal = Journal(folder, tensorboard=recipe.tensorboard, console=self._console)
@@ -357,24 +370,23 @@ class Trainer:
         """One step of the optimiser on ``count`` batches; returns how many images they had."""
         seed_step(self._recipe.seed, step, self._world.rank)
         set_learning_rate(self._optimizer, self._learning_rate(step))
-        self._optimizer.zero_grad(set_to_none=True)
+        if self._captured is None:
+            self._optimizer.zero_grad(set_to_none=True)
         total, loss_sum = 0, torch.zeros((), device=self._device)
         for index, (images, labels) in enumerate(batches, start=1):
             images, labels = to_device(images, labels, self._device)
             targets = labels
             if self._mix is not None:
                 images, targets = self._mix(images, labels)
-            with self._synchronised(index == count):
-                with autocast(self._amp, self._device):
-                    outputs = self._replica(images)
-                    loss = self._objective.loss(outputs, targets)
-                self._scaler.scale(loss / count).backward()
-            outputs = outputs.detach()
-            predictions = self._objective.probabilities(outputs).argmax(1)
+            if self._captured is not None:
+                loss, predictions = self._captured(images, targets, count=count, first=index == 1)
+            else:
+                with self._synchronised(index == count):
+                    loss, predictions = self._backward(images, targets, count)
             main = targets.argmax(1) if targets.ndim == 2 else targets
             self._metrics.update(loss, predictions, main)
             total += len(labels)
-            loss_sum += loss.detach() / count
+            loss_sum += loss / count
         if index != count:
             raise ValueError(f"expected a loader of {count - index} more batches, got none")
         self._update()
@@ -382,6 +394,16 @@ class Trainer:
             self._average.update_parameters(self.model)
         self._log(step, loss_sum)
         return total
+
+    def _backward(
+        self, images: Tensor, targets: Tensor, count: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and the predictions of one of ``count`` batches; adds its gradients."""
+        with autocast(self._amp, self._device):
+            outputs = self._replica(images)
+            loss = self._objective.loss(outputs, targets)
+        self._scaler.scale(loss / count).backward()
+        return loss.detach(), self._objective.probabilities(outputs.detach()).argmax(1)
 
     def _update(self) -> None:
         if self._recipe.optim.clip_norm is not None:

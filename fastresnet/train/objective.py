@@ -53,7 +53,8 @@ class Objective:
             )
         if self._weights is None:
             return losses
-        weights = self._weights.to(outputs.device)
+        # Moved once: a copy from the host cannot be in a CUDA graph.
+        weights = self._weights = self._weights.to(outputs.device)
         weights = targets.to(weights) @ weights if targets.ndim == 2 else weights[targets]
         return (losses * weights).mean()
 
