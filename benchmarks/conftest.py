@@ -2,14 +2,17 @@
 """`pytest benchmarks`: each benchmark is a test whose timed function is one interleaved round.
 
 pytest-benchmark keeps its own statistics of the rounds; the figures that count, one row a provider,
-go to benchmarks/results/. What takes hours is left out unless its option asks for it.
+go to benchmarks/results/. What takes hours is left out unless its option asks for it; what needs a
+GPU is skipped where there is none, but fails if FASTRESNET_REQUIRE_CUDA=1.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import pytest
+import torch
 from harness import Comparison, Row, append, summary
 from roofline import Roofline, measure
 
@@ -27,11 +30,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skip_without_gpu(items)
     left_out = {marker for marker in OPT_IN if not config.getoption(marker)}
     deselected = [item for item in items if left_out & item.keywords.keys()]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in set(deselected)]
+
+
+def skip_without_gpu(items: list[pytest.Item]) -> None:
+    """Marks what needs a GPU where there is none, unless one is required."""
+    if torch.cuda.is_available() or os.environ.get("FASTRESNET_REQUIRE_CUDA") == "1":
+        return
+    for item in items:
+        if "needs_cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no GPU is visible to torch"))
 
 
 @pytest.fixture

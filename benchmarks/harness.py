@@ -15,7 +15,6 @@ import platform
 import re
 import statistics
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -28,6 +27,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 import torchvision
+from clocks import Clock, clock_of
 
 import fastresnet
 from fastresnet import _extension
@@ -91,6 +91,7 @@ class Comparison:
     work: how many units of `unit` one step does, so that figures are rates (higher is better).
     bar: the least ratio of ours to the best peer that the project promises, if it promises one.
     figures: what else the seconds of a step at the median rate say, by name.
+    clock: what times a step; by default the device's own.
     """
 
     def __init__(
@@ -105,10 +106,12 @@ class Comparison:
         bar: float | None = None,
         device: str = "cpu",
         figures: Callable[[float], dict[str, float]] | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.suite, self.case, self.metric, self.unit = suite, case, metric, unit
         self.work, self.config, self.bar, self.device = work, config, bar, device
         self.figures = figures
+        self.clock = clock or clock_of(device)
         self.providers: list[Provider] = []
         self._same_again: list[float] = []
         self._rounds = 0
@@ -179,19 +182,8 @@ class Comparison:
         runs = [(p.step, p.seconds) for p in self.providers if p.status == "ok"]
         runs.append((self.baseline.step, self._same_again))
         for step, seconds in runs if self._rounds % 2 == 0 else reversed(runs):
-            seconds.append(self._time(step))
+            seconds.append(self.clock(step))
         self._rounds += 1
-
-    def _time(self, step: Callable[[], Any]) -> float:
-        self._synchronize()
-        start = time.perf_counter()
-        step()
-        self._synchronize()
-        return time.perf_counter() - start
-
-    def _synchronize(self) -> None:
-        if self.device != "cpu":
-            torch.accelerator.synchronize()
 
     def rows(self) -> list[Row]:
         now = timestamp()
@@ -257,7 +249,7 @@ def summary(rows: Sequence[Row]) -> str:
 def append(rows: Sequence[Row]) -> Path:
     """Appends a comparison's rows to its suite's file of the day, and returns that."""
     here = rows[0].machine
-    name = here["device"] if here["device"] != "cpu" else here["cpu"]
+    name = here.get("gpu", here["cpu"])
     slug = re.sub(r"[^a-z0-9]+", "-", f"{name} {here['isa']}".lower()).strip("-")
     torch_version = "".join(torch.__version__.split(".")[:2])
     day = rows[0].timestamp[:10].replace("-", "")

@@ -30,6 +30,7 @@ class ModelProvider:
 
     source: torchvision.models or fastresnet.models, which have the same factories.
     stock: float32 and NCHW whatever the case asks for, as most people run it.
+    compile_mode: of torch.compile; None for its default.
     """
 
     name: str
@@ -37,17 +38,23 @@ class ModelProvider:
     source: ModuleType
     compiled: bool = False
     stock: bool = False
+    compile_mode: str | None = None
 
     @property
     def memory_format(self) -> torch.memory_format:
         return torch.contiguous_format if self.stock else torch.channels_last
 
-    def model(self, architecture: str, weights: dict[str, torch.Tensor]) -> nn.Module:
+    def model(
+        self,
+        architecture: str,
+        weights: dict[str, torch.Tensor],
+        device: torch.device | str = "cpu",
+    ) -> nn.Module:
         """The architecture in training mode with a copy of `weights`."""
         model = build(self.source, architecture).to(memory_format=self.memory_format)
         model.load_state_dict(weights)
-        model = without_dropout(model.train())
-        return torch.compile(model) if self.compiled else model
+        model = without_dropout(model.train()).to(device)
+        return torch.compile(model, mode=self.compile_mode) if self.compiled else model
 
 
 MODEL_PROVIDERS = (

@@ -38,6 +38,11 @@ SUITES = {
         "Crop, resize, turn and normalise: batches from bytes to float32, without decoding; higher "
         "is better."
     ),
+    "cuda_train_step": (
+        "A training step on a GPU, without waiting for data; higher is better. torchvision in "
+        "channels_last under autocast."
+    ),
+    "cuda_inference": "The logits of a batch on a GPU; higher is better.",
     "train_scaling": "How a training step grows with network, batch, side and threads.",
     "time_to_accuracy": (
         "Seconds of training until the test images are known that well, ours and torchvision's "
@@ -123,7 +128,7 @@ def latest(rows: Iterable[dict[str, Any]]) -> list[Result]:
     runs: dict[tuple[str, ...], dict[str, dict[str, dict[str, Any]]]] = {}
     for row in rows:
         here = row["machine"]
-        key = (here["device"], here["cpu"], here["isa"], str(here["threads"]), row["case"])
+        key = (here.get("gpu", "cpu"), here["cpu"], here["isa"], str(here["threads"]), row["case"])
         runs.setdefault(key, {}).setdefault(row["timestamp"], {})[row["provider"]] = row
     return [Result(by_time[max(by_time)]) for by_time in runs.values()]
 

@@ -5,13 +5,13 @@ keeps its promises: recording does nothing, and a replay writes where the record
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from stand_in_graphs import StandIn
 from torch import Tensor, nn
 
 from fastresnet.data import Augment, ImageSet, TensorLoader
@@ -22,47 +22,6 @@ from fastresnet.train.loop import Trainer
 from fastresnet.train.objective import Objective
 
 CLASSES = 4
-
-
-class StandIn:
-    """Records by running, with every trace of that taken away again."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.captured = self.replayed = 0
-
-    def warm_up(self, work: Callable[[], object]) -> None:
-        work()
-        work()
-
-    def capture(self, work: Callable[[], tuple[Tensor, ...]]):
-        parameters = list(self.model.parameters())
-        writes = parameters[0].grad is None
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        before = [p.grad if p.grad is None else p.grad.clone() for p in parameters]
-        with torch.random.fork_rng([]):
-            results = work()
-        for buffer, saved in zip(self.model.buffers(), buffers, strict=True):
-            buffer.copy_(saved)
-        static = [parameter.grad for parameter in parameters]
-        for gradient, saved in zip(static, before, strict=True):
-            gradient.copy_(torch.full_like(gradient, torch.nan) if saved is None else saved)
-        for result in results:
-            result.fill_(-1)
-        self.captured += 1
-
-        def replay() -> None:
-            assert [p.grad for p in parameters] == static, "gradients are not where they were"
-            if writes:
-                self.model.zero_grad(set_to_none=True)
-            for result, value in zip(results, work(), strict=True):
-                result.copy_(value)
-            for parameter, gradient in zip(parameters, static, strict=True):
-                gradient.copy_(parameter.grad)
-                parameter.grad = gradient
-            self.replayed += 1
-
-        return replay, results
 
 
 @pytest.fixture(autouse=True)
