@@ -55,24 +55,33 @@ SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recove
 def build(cache: Path, name: str, include: Path) -> ctypes.CDLL:
     """The emulator and ``name``.cpp of this folder as one library, built once per content; with
     AddressSanitizer and UndefinedBehaviorSanitizer where FASTRESNET_EMULATOR_SANITIZE=1."""
-    sources = [HERE / "emulator.cpp", HERE / "memory.cpp", HERE / f"{name}.cpp"]
-    inputs = [*sources, *HERE.glob("*.h"), *CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh")]
-    command = ["g++", "-shared", "-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-    # Or libraries in one process would share the variables of inline functions, __shared__ too.
-    command.append("-fno-gnu-unique")
-    command += ["-Wno-unknown-pragmas", f"-I{HERE}", f"-I{CSRC}", "-isystem", str(include)]
+    headers = [*HERE.glob("*.h"), *CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh")]
+    # -fno-gnu-unique: or libraries in one process would share the variables of inline functions,
+    # __shared__ too.
+    command = ["g++", "-std=c++20", "-O2", "-fPIC", "-fno-gnu-unique"]
     if os.environ.get("FASTRESNET_EMULATOR_SANITIZE") == "1":
         command += SANITIZERS
-    command += map(str, sources)
+    compiler = [*command, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{HERE}"]
+    compiler += [f"-I{CSRC}", "-isystem", str(include), "-c"]
+    objects = []
+    for source in ("emulator", "memory", name):
+        file = HERE / f"{source}.cpp"
+        objects.append(_made(cache / f"{source}.o", [*compiler, str(file)], [file, *headers]))
+    library = _made(cache / f"{name}.so", [*command, "-shared", *map(str, objects)], objects)
+    return ctypes.CDLL(str(library))
+
+
+def _made(file: Path, command: Sequence[str], inputs: Sequence[Path]) -> Path:
+    """What ``command`` makes of ``inputs``, in a file like ``file`` whose name tells all that."""
     digest = hashlib.sha256(repr(command).encode())
     for path in sorted(inputs):
         digest.update(path.read_bytes())
-    library = cache / f"{name}-{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        unfinished = library.with_suffix(f".{os.getpid()}")
+    made = file.with_stem(f"{file.stem}-{digest.hexdigest()[:16]}")
+    if not made.exists():
+        unfinished = made.with_suffix(f".{os.getpid()}{made.suffix}")
         subprocess.run([*command, "-o", str(unfinished)], check=True)
-        unfinished.rename(library)
-    return ctypes.CDLL(str(library))
+        unfinished.rename(made)
+    return made
 
 
 def sanitized(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
