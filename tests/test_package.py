@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -107,9 +108,80 @@ class TestBuildInfo:
     def test_a_cuda_library_for_this_torch_registers_its_kernels(self) -> None:
         built, here = _extension.build_info()["cuda"], torch.version.cuda
         matches = bool(built and here) and built.split(".")[0] == here.split(".")[0]
+        # Where it is not there, what is registered says why.
         registered = torch._C._dispatch_has_kernel_for_dispatch_key("fastresnet::bn_relu", "CUDA")
-        assert registered == matches
+        assert registered
         assert (_extension.cuda_missing is None) == matches
+
+
+class TestTensorsOnAGpu:
+    """What becomes of them where the library has no kernels for them; no GPU is needed to ask."""
+
+    def test_without_the_cuda_library_operators_refuse_and_modules_warn(
+        self, tmp_path: Path
+    ) -> None:
+        copy = tmp_path / "fastresnet"
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_C_cuda*", "__pycache__"))
+        code = (
+            f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+            + """
+import warnings, torch
+from fastresnet import _extension
+operator, x = torch.ops.fastresnet.bn_stats.default, torch.randn(2, 8, 4, 4)
+x = x.contiguous(memory_format=torch.channels_last)
+assert operator(x)[0].shape == (8,)
+try:
+    operator._op_dk(torch._C.DispatchKey.CUDA, x)  # as for a tensor there
+except RuntimeError as error:
+    print(error)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert [_extension.takes(torch.device("cuda", 0)) for _ in range(2)] == [False, False]
+print(*(str(warning.message) for warning in caught), sep="|")
+"""
+        )
+        (copy / "_build.json").write_text('{"cuda_reason": "no nvcc found"}')
+        lines = succeed(sys.executable, "-c", code).splitlines()
+        cuda = torch.version.cuda
+        why = f"built without CUDA {cuda} (no nvcc found)" if cuda else "is a CPU build"
+        assert lines[0].startswith("expected an operator of fastresnet on CUDA, got none: ")
+        assert lines[1].startswith("fastresnet runs on plain torch on GPUs: ")
+        assert all(line.endswith(why) for line in lines)
+        assert len(lines) == 2
+
+    @pytest.mark.parametrize(
+        ("capability", "built", "runs"),
+        [
+            ((8, 0), "8.0;9.0+PTX", True),
+            ((8, 9), "8.0;9.0+PTX", True),
+            ((9, 0), "8.0 9.0", True),
+            ((10, 0), "8.0;9.0+PTX", True),
+            ((10, 0), "8.0;9.0", False),
+            ((7, 5), "8.0;9.0+PTX", False),
+            ((8, 0), "8.6", False),
+            ((9, 0), "9.0a", True),
+            ((9, 1), "9.0a+PTX", False),
+            ((7, 5), "native", True),
+            ((7, 5), None, True),
+        ],
+    )
+    def test_which_gpus_a_build_runs_on(self, capability, built, runs) -> None:
+        assert _extension.has_code(capability, built) == runs
+
+    def test_a_gpu_without_code_is_an_error_that_says_what_to_do(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_extension, "build_info", lambda: {"cuda_arch_list": "8.0;9.0"})
+        monkeypatch.setitem(_extension._active, "cuda", True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+        _extension._check_architecture.cache_clear()
+        try:
+            with pytest.raises(RuntimeError, match=r"GPU 1 .* 7\.5, got code for 8\.0;9\.0; build"):
+                _extension.takes(torch.device("cuda", 1))
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
+            assert _extension.takes(torch.device("cuda", 1))
+        finally:
+            _extension._check_architecture.cache_clear()
 
 
 @pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no source tree beside the tests")

@@ -180,7 +180,7 @@ def to_kernel_layout(x: Any) -> Any:
     if (
         not is_transformed(x)
         and x.dim() == 4
-        and _extension.is_active(x.device.type)
+        and _extension.takes(x.device)
         and x.dtype in ops.KERNEL_DTYPES
         and x.numel() > x.shape[1]
     ):

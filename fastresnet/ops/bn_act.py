@@ -28,7 +28,7 @@ def has_kernel(x: Tensor) -> bool:
     """Whether the compiled operators take ``x``: float32, bfloat16 or float16 of [N, C, H, W],
     dense in channels_last, more than one value a channel, on a device whose library is loaded."""
     return (
-        _extension.is_active(x.device.type)
+        _extension.takes(x.device)
         and x.dtype in KERNEL_DTYPES
         and x.dim() == 4
         and x.is_contiguous(memory_format=torch.channels_last)

@@ -34,7 +34,7 @@ def has_conv_relu_kernel(x: Tensor, weight: Tensor, groups: int = 1) -> bool:
     channels = 16 // x.element_size()
     return (
         groups == 1
-        and _extension.is_active(x.device.type)
+        and _extension.takes(x.device)
         and _is_registered(x.device.type)
         and not torch.is_grad_enabled()
         and not torch.are_deterministic_algorithms_enabled()
