@@ -91,6 +91,41 @@ STABLE_TORCH_LIBRARY(fastresnet, m) {
       "bn_sums(Tensor grad, Tensor? mask, Tensor x, Tensor mean, Tensor? residual, "
       "Tensor? residual_mean) -> (Tensor sums, Tensor residual_sums)");
 
+  // The same sums from a convolution's own kernel, [2, C] (bn_add_relu: [3, C] with a residual):
+  // of y and y * y, or of dz and dz * (x - mean), where dz is the gradient behind a batch norm.
+  m.def(
+      "conv_sums(Tensor x, Tensor weight, int stride, int padding, int dilation, int groups) "
+      "-> (Tensor y, Tensor sums)");
+  m.def(
+      "conv_dgrad_add(Tensor grad, Tensor weight, Tensor addend, int stride, int padding, "
+      "int dilation, int groups) -> Tensor");
+  m.def(
+      "bn_relu_conv_dgrad(Tensor grad, Tensor weight, Tensor x, Tensor mean, Tensor scale, "
+      "Tensor bias, int stride, int padding, int dilation, int groups) "
+      "-> (Tensor dz, Tensor sums)");
+  m.def(
+      "bn_add_relu_conv_dgrad(Tensor grad, Tensor weight, Tensor addend, Tensor mask, Tensor x, "
+      "Tensor mean, Tensor? residual, Tensor? residual_mean, int stride, int padding, "
+      "int dilation, int groups) -> (Tensor dz, Tensor sums)");
+
+  // What follows those sums. scale is weight / sqrt(var + eps).
+  m.def("bn_stats_of_sums(Tensor x, Tensor sums) -> (Tensor mean, Tensor var)");
+  m.def("bn_scale(Tensor var, Tensor weight, float eps) -> Tensor");
+  m.def(
+      "bn_backward_of_sums(Tensor dz, Tensor sums, Tensor x, Tensor mean, Tensor var, "
+      "Tensor weight, float eps, bool training) -> (Tensor dx, Tensor dweight)");
+  m.def(
+      "bn_add_bn_backward_of_sums(Tensor dz, Tensor sums, Tensor x, Tensor mean, Tensor var, "
+      "Tensor weight, Tensor residual, Tensor residual_mean, Tensor residual_var, "
+      "Tensor residual_weight, float eps, float residual_eps, bool training) "
+      "-> (Tensor dx, Tensor dweight, Tensor dresidual, Tensor dresidual_weight)");
+
+  // cuDNN's plan for a graph on a device that it is described, in JSON, or an error. For tests.
+  m.def(
+      "conv_engine(str graph, int[] x_size, int[] weight_size, int stride, int padding, "
+      "int dilation, int groups, ScalarType dtype, str device) -> str");
+  m.def("cudnn_version() -> int");
+
   m.def(
       "warp(Tensor images, Tensor index, Tensor boxes, Tensor resized, Tensor turns, Tensor scale, "
       "Tensor shift, Tensor? colours, Tensor(a!) out) -> ()");

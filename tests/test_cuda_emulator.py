@@ -266,6 +266,125 @@ def test_constant_channel_has_no_variance(kernels: BatchNormKernels) -> None:
     assert torch.equal(var, torch.zeros(8))
 
 
+# ---- What follows sums that a convolution's kernel has made.
+
+
+def sums_of(x: Tensor) -> Tensor:
+    """As such a kernel makes them: plain sums in float32."""
+    values = x.float()
+    return torch.stack([values.sum(0), values.square().sum(0)])
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 300),
+    channels=st.integers(1, 150),
+    dtype=st.sampled_from(DTYPES),
+    multiprocessors=st.integers(1, 8),
+    schedule=st.builds(
+        Schedule, st.integers(1, 2**32), st.integers(1, 4), st.sampled_from([0, 20, 80])
+    ),
+)
+def test_statistics_of_sums(
+    kernels: BatchNormKernels,
+    rows: int,
+    channels: int,
+    dtype: torch.dtype,
+    multiprocessors: int,
+    schedule: Schedule,
+) -> None:
+    kernels.schedule, kernels.multiprocessors = schedule, multiprocessors
+    generator = torch.Generator().manual_seed(schedule.seed)
+    spread = 10 ** torch.randn(channels, generator=generator)
+    x = (torch.randn(rows, channels, generator=generator) * spread + 2 * spread).to(dtype)
+    mean, var = kernels.stats(x, sums_of(x))
+    exact_var, exact_mean = torch.var_mean(x.double(), 0, correction=0)
+    size = x.double().square().mean(0).sqrt()
+    torch.testing.assert_close(
+        mean / size, exact_mean / size, rtol=1e-5, atol=1e-6, check_dtype=False
+    )
+    # 1e-7 of the mean square, which is at most a hundred times the variance.
+    torch.testing.assert_close(
+        var / size**2, exact_var / size**2, rtol=1e-4, atol=1e-6, check_dtype=False
+    )
+
+
+@pytest.mark.parametrize(("mean", "std"), [(1e3, 1.0), (-1e4, 1.0), (1e-6, 1e-9), (30.0, 1.0)])
+def test_statistics_whose_sums_say_too_little(
+    kernels: BatchNormKernels, mean: float, std: float
+) -> None:
+    """One channel of 130 has a mean so large that its squares swallow its variance."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3000, 130, generator=generator)
+    x[:, 70] = x[:, 70] * std + mean
+    sums = sums_of(x)
+    naive = sums[1, 70] / 3000 - (sums[0, 70] / 3000) ** 2
+    found_mean, found_var = kernels.stats(x, sums)
+    loaded = kernels.traffic.loaded.bytes
+    var, exact_mean = torch.var_mean(x.double(), 0, correction=0)
+    torch.testing.assert_close(found_mean.double(), exact_mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found_var.double(), var, rtol=1e-4, atol=0)
+    if mean > 100:  # there the formula is far off
+        assert abs(naive - var[70]) > 0.01 * var[70]
+    # Only the 64 channels around it were read again.
+    assert 3000 * 64 * 4 <= loaded < 3000 * 64 * 4 * 1.3
+
+
+def test_sums_that_say_enough_are_all_that_is_read(kernels: BatchNormKernels) -> None:
+    x = torch.randn(4000, 128).bfloat16()
+    kernels.stats(x, sums_of(x))
+    loaded, stored = kernels.traffic
+    assert loaded.bytes <= 2 * 128 * 4 * 8
+    assert stored.bytes == 2 * 128 * 4
+
+
+def test_sums_that_are_not_numbers(kernels: BatchNormKernels) -> None:
+    x = torch.randn(100, 16)
+    x[3, 5] = float("nan")
+    mean, var = kernels.stats(x, sums_of(x))
+    assert mean.isnan().nonzero().tolist() == var.isnan().nonzero().tolist() == [[5]]
+    assert torch.equal(*(kernels.stats(x[:, 8:].contiguous(), s)[0] for s in (None, None)))
+    zeros = torch.zeros(50, 8)
+    assert not any(vector.any() for vector in kernels.stats(zeros, sums_of(zeros)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dual", [False, True], ids=["single", "dual"])
+def test_backward_of_sums(kernels: BatchNormKernels, dual: bool, dtype: torch.dtype) -> None:
+    form = "bn_add_bn_relu" if dual else "bn_relu"
+    for shape, schedule in zip(SHAPES.values(), itertools.cycle(SCHEDULES), strict=False):
+        kernels.schedule = schedule
+        for training in (True, False):
+            sample = make_sample(form, *shape, dtype, training)
+            _, mask = kernels.forward(
+                form, sample.x, sample.norm, sample.residual, sample.residual_norm
+            )
+            passes = sample.expected["z"] > 0 if mask is None else unpack_mask(mask)
+            dz = torch.where(passes[:, : shape[1]], sample.grad, 0)
+            inputs = [(sample.x, sample.norm), (sample.residual, sample.residual_norm)]
+            centred = [x.double() - norm.mean for x, norm in inputs[: 1 + dual]]
+            sums = torch.stack([dz.double(), *(dz.double() * c for c in centred)]).sum(1).float()
+            residual = (sample.residual, sample.residual_norm) if dual else (None, None)
+            found = kernels.backward_of_sums(dz, sums, sample.x, sample.norm, *residual, training)
+            for name, value in found.items():
+                if value is None:
+                    continue
+                whole = name in ("dx", "dresidual")
+                torch.testing.assert_close(
+                    value.double(),
+                    sample.expected[name],
+                    rtol=RELATIVE[dtype] if whole else SUM_RELATIVE,
+                    atol=ABSOLUTE if whole else SUM_ABSOLUTE,
+                )
+
+
+def test_scale(kernels: BatchNormKernels) -> None:
+    for channels in (1, 255, 256, 257, 600):
+        norm = make_norm(torch.randn(5, channels), torch.Generator().manual_seed(0), False)
+        expected = norm.weight.double() / (norm.var.double() + norm.eps).sqrt()
+        torch.testing.assert_close(kernels.scale(norm).double(), expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_nan_passes_as_in_torch(kernels: BatchNormKernels, form: str) -> None:
     sample = make_sample(form, 20, 8, torch.float32, training=False)

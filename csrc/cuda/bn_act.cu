@@ -19,22 +19,56 @@ Tensor empty_mask(const Tensor& x) {
                               ScalarType::Byte, std::nullopt, x.device());
 }
 
-std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
-  constexpr const char* kOp = "bn_stats";
-  check_input(kOp, x);
+// `sums` are float32 [count, C], as a convolution's kernel leaves them.
+const float* check_sums(const char* op, const Tensor& sums, const Tensor& x, int64_t count) {
+  check(sums.defined() && sums.dim() == 2 && sums.size(0) == count && sums.size(1) == x.size(1) &&
+            sums.is_contiguous() && sums.scalar_type() == ScalarType::Float &&
+            sums.device() == x.device(),
+        op, ": expected sums of float32 [", count, ", ", x.size(1), "] beside x, got ",
+        sums.defined() ? shape(sums) : "None");
+  return sums.const_data_ptr<float>();
+}
+
+std::tuple<Tensor, Tensor> stats(const char* op, const Tensor& x, const float* sums) {
   const DeviceGuard guard(x.get_device_index());
-  const Queue queue = current_queue(kOp, x);
+  const Queue queue = current_queue(op, x);
   Tensor mean = empty_vector(x, x.size(1));
   Tensor var = empty_vector(x, x.size(1));
   StatsParams p{};
   p.x = x.const_data_ptr();
+  p.sums = sums;
   p.mean = mean.mutable_data_ptr<float>();
   p.var = var.mutable_data_ptr<float>();
   p.extent = extent_of(x);
-  p.dtype = dtype_of(kOp, x);
+  p.dtype = dtype_of(op, x);
   Tensor workspace = empty_bytes(x, bn_workspace_bytes(p.extent.rows, p.extent.channels, queue));
-  check_cuda(kOp, launch_bn_stats(p, workspace.mutable_data_ptr(), queue));
+  check_cuda(op, launch_bn_stats(p, workspace.mutable_data_ptr(), queue));
   return {mean, var};
+}
+
+std::tuple<Tensor, Tensor> bn_stats(const Tensor& x) {
+  check_input("bn_stats", x);
+  return stats("bn_stats", x, nullptr);
+}
+
+std::tuple<Tensor, Tensor> bn_stats_of_sums(const Tensor& x, const Tensor& sums) {
+  constexpr const char* kOp = "bn_stats_of_sums";
+  check_input(kOp, x);
+  return stats(kOp, x, check_sums(kOp, sums, x, 2));
+}
+
+Tensor bn_scale(const Tensor& var, const Tensor& weight, double eps) {
+  constexpr const char* kOp = "bn_scale";
+  for (const Tensor* t : {&var, &weight})
+    check(t->defined() && t->dim() == 1 && t->size(0) == var.size(0) && t->is_contiguous() &&
+              t->scalar_type() == ScalarType::Float && t->device() == var.device(),
+          kOp, ": expected var and weight of float32, as many values each, on one device");
+  const DeviceGuard guard(var.get_device_index());
+  Tensor scale = empty_vector(var, var.size(0));
+  const ScaleParams p{var.const_data_ptr<float>(), weight.const_data_ptr<float>(),
+                      scale.mutable_data_ptr<float>(), var.size(0), static_cast<float>(eps)};
+  if (p.channels > 0) check_cuda(kOp, launch_bn_scale(p, current_queue(kOp, var)));
+  return scale;
 }
 
 struct Forward {
@@ -219,11 +253,79 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_relu_fork_backward(
   return {r.dx, r.dweight, r.dbias, r.dresidual, r.dresidual_weight};
 }
 
+// The second pass alone: dz, the gradient behind the batch norm, and its sums are there.
+std::tuple<Tensor, Tensor> bn_backward_of_sums(const Tensor& dz, const Tensor& sums,
+                                               const Tensor& x, const Tensor& mean,
+                                               const Tensor& var, const Tensor& weight, double eps,
+                                               bool training) {
+  constexpr const char* kOp = "bn_backward_of_sums";
+  check_input(kOp, x);
+  check_like_input(kOp, "dz", dz, x);
+  BackwardParams p{};
+  p.norm = NormalisationTensors{mean, var, weight, nullptr, eps}.checked(kOp, x);
+  // The kernel only reads them, under names that the first pass writes.
+  auto* sum_g = const_cast<float*>(check_sums(kOp, sums, x, 2));
+  const DeviceGuard guard(x.get_device_index());
+  Tensor dx = empty_channels_last(x), dweight = empty_vector(x, x.size(1));
+  p.grad = dz.const_data_ptr();
+  p.x = x.const_data_ptr();
+  p.dx = dx.mutable_data_ptr();
+  p.dweight = dweight.mutable_data_ptr<float>();
+  p.dbias = sum_g;
+  p.sum_gx = sum_g + x.size(1);
+  p.extent = extent_of(x);
+  p.dtype = dtype_of(kOp, x);
+  p.epilogue = Epilogue::none;
+  p.training = training;
+  check_cuda(kOp, launch_bn_backward_apply(p, current_queue(kOp, x)));
+  return {dx, dweight};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_bn_backward_of_sums(
+    const Tensor& dz, const Tensor& sums, const Tensor& x, const Tensor& mean, const Tensor& var,
+    const Tensor& weight, const Tensor& residual, const Tensor& residual_mean,
+    const Tensor& residual_var, const Tensor& residual_weight, double eps, double residual_eps,
+    bool training) {
+  constexpr const char* kOp = "bn_add_bn_backward_of_sums";
+  check_input(kOp, x);
+  check_like_input(kOp, "dz", dz, x);
+  check_like_input(kOp, "residual", residual, x);
+  BackwardParams p{};
+  p.norm = NormalisationTensors{mean, var, weight, nullptr, eps}.checked(kOp, x);
+  p.residual_norm = NormalisationTensors{residual_mean, residual_var, residual_weight,
+                                         nullptr,       residual_eps, "residual_"}
+                        .checked(kOp, x);
+  auto* sum_g = const_cast<float*>(check_sums(kOp, sums, x, 3));
+  const DeviceGuard guard(x.get_device_index());
+  Tensor dx = empty_channels_last(x), dresidual = empty_channels_last(x);
+  Tensor dweight = empty_vector(x, x.size(1)), dresidual_weight = empty_vector(x, x.size(1));
+  p.masked_grad = const_cast<void*>(dz.const_data_ptr());  // likewise
+  p.x = x.const_data_ptr();
+  p.residual = residual.const_data_ptr();
+  p.dx = dx.mutable_data_ptr();
+  p.dresidual = dresidual.mutable_data_ptr();
+  p.dweight = dweight.mutable_data_ptr<float>();
+  p.dresidual_weight = dresidual_weight.mutable_data_ptr<float>();
+  p.dbias = sum_g;
+  p.sum_gx = sum_g + x.size(1);
+  p.sum_gr = p.sum_gx + x.size(1);
+  p.extent = extent_of(x);
+  p.dtype = dtype_of(kOp, x);
+  p.epilogue = Epilogue::add_bn_relu;
+  p.training = training;
+  check_cuda(kOp, launch_bn_backward_apply(p, current_queue(kOp, x)));
+  return {dx, dweight, dresidual, dresidual_weight};
+}
+
 }  // namespace
 }  // namespace fastresnet::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(fastresnet, CUDA, m) {
   m.impl("bn_stats", TORCH_BOX(&fastresnet::cuda::bn_stats));
+  m.impl("bn_stats_of_sums", TORCH_BOX(&fastresnet::cuda::bn_stats_of_sums));
+  m.impl("bn_scale", TORCH_BOX(&fastresnet::cuda::bn_scale));
+  m.impl("bn_backward_of_sums", TORCH_BOX(&fastresnet::cuda::bn_backward_of_sums));
+  m.impl("bn_add_bn_backward_of_sums", TORCH_BOX(&fastresnet::cuda::bn_add_bn_backward_of_sums));
   m.impl("bn", TORCH_BOX(&fastresnet::cuda::bn));
   m.impl("bn_relu", TORCH_BOX(&fastresnet::cuda::bn_relu));
   m.impl("bn_add_relu", TORCH_BOX(&fastresnet::cuda::bn_add_relu));

@@ -20,9 +20,10 @@
 namespace fastresnet::cuda {
 
 struct StatsParams {
-  const void* x;  // [rows, channels]
-  float* mean;    // [channels]
-  float* var;     // [channels], biased
+  const void* x;      // [rows, channels]
+  const float* sums;  // [2, channels] of x and of x * x, where somebody knows them; else null
+  float* mean;        // [channels]
+  float* var;         // [channels], biased
   Extent extent;
   DType dtype;
 };
@@ -103,11 +104,50 @@ struct alignas(16) OctetMoments {
   }
 };
 
-template <typename scalar_t, bool kPacked>
+// A plain sum of squares loses its digits where the mean is large beside the deviation: up to this
+// square of their quotient it keeps all but two of the seven that float32 has.
+constexpr float kMostSquaredMean = 100.0f;
+
+struct MomentsOfSums {
+  float mean, var;
+
+  static __device__ __forceinline__ MomentsOfSums of(const StatsParams& p, int64_t c) {
+    const float count = static_cast<float>(p.extent.rows);
+    const float mean = __ldg(p.sums + c) / count;
+    const float mean_square = __ldg(p.sums + p.extent.channels + c) / count;
+    return {mean, fmaf(-mean, mean, mean_square)};
+  }
+
+  // Not for NaN either.
+  __device__ __forceinline__ bool is_exact() const {
+    return mean * mean <= kMostSquaredMean * var || (mean == 0.0f && var == 0.0f);
+  }
+};
+
+// With kOfSums x is read only for those 64 channels, if any, whose sums say too little.
+template <typename scalar_t, bool kOfSums, bool kPacked>
 __global__ void __launch_bounds__(kReduceThreads, kResidentThreads / kReduceThreads)
     bn_stats_kernel(StatsParams p, Partials<OctetMoments> partials, unsigned* tickets) {
   const auto* x = static_cast<const scalar_t*>(p.x);
   const Tile tile(p.extent);
+
+  if constexpr (kOfSums) {
+    __shared__ MomentsOfSums shared[kBlockChannels];
+    MomentsOfSums own[kOctet];
+    share_channels(tile, shared, own, [&](int64_t c) { return MomentsOfSums::of(p, c); });
+    bool exact = true;  // in every block of this column alike
+    for (int i = 0; i < static_cast<int>(blockDim.x) * kOctet; ++i) exact &= shared[i].is_exact();
+    if (exact) {
+      if (blockIdx.y != 0 || threadIdx.y != 0) return;
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) {
+        if (i >= tile.valid) continue;
+        store_global(p.mean + tile.channel + i, own[i].mean);
+        store_global(p.var + tile.channel + i, own[i].var);
+      }
+      return;
+    }
+  }
 
   OctetMoments moments{};
   for_rows<kPacked ? 4 : 1>(tile, [&](int64_t row, auto rows) {
@@ -129,6 +169,22 @@ __global__ void __launch_bounds__(kReduceThreads, kResidentThreads / kReduceThre
     store_global(p.mean + tile.channel + i, m.mean);
     store_global(p.var + tile.channel + i, m.biased_variance());
   }
+}
+
+// ---- The factor alone, for those who normalise by themselves.
+
+struct ScaleParams {
+  const float* var;
+  const float* weight;
+  float* scale;
+  int64_t channels;
+  float eps;
+};
+
+static __global__ void bn_scale_kernel(ScaleParams p) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (c < p.channels)
+    store_global(p.scale + c, __ldg(p.weight + c) * inverse_std(__ldg(p.var + c), p.eps));
 }
 
 // ---- Forward.
@@ -284,14 +340,13 @@ __global__ void __launch_bounds__(kReduceThreads, kResidentThreads / kReduceThre
     const int64_t c = tile.channel + i;
     store_global(p.dbias + c, sums.sum[0][i]);
     store_global(p.sum_gx + c, sums.sum[1][i]);
-    store_global(p.dweight + c, weight_gradient(sums.sum[1][i], __ldg(p.norm.var + c), p.norm.eps));
-    if constexpr (kDual) {
-      const float var = __ldg(p.residual_norm.var + c);
-      store_global(p.sum_gr + c, sums.sum[2][i]);
-      store_global(p.dresidual_weight + c,
-                   weight_gradient(sums.sum[2][i], var, p.residual_norm.eps));
-    }
+    if constexpr (kDual) store_global(p.sum_gr + c, sums.sum[2][i]);
   }
+}
+
+__device__ __forceinline__ void store_weight_gradient(float* dweight, const Normalisation& norm,
+                                                      const float* sum_gx, int64_t c) {
+  store_global(dweight + c, weight_gradient(__ldg(sum_gx + c), __ldg(norm.var + c), norm.eps));
 }
 
 // With add_bn_relu the gradient is already masked, and there is none for add_relu: it is none's.
@@ -309,10 +364,12 @@ __global__ void __launch_bounds__(kPointwiseThreads, kResidentThreads / kPointwi
   __shared__ ChannelGradient shared[2][kBlockChannels];
   ChannelGradient to_dx[kOctet], to_dresidual[kOctet];
   share_channels(tile, shared[0], to_dx, [&](int64_t c) {
+    if (blockIdx.y == 0) store_weight_gradient(p.dweight, p.norm, p.sum_gx, c);
     return channel_gradient(p.norm, p.dbias, p.sum_gx, p.extent.rows, p.training, c);
   });
   if constexpr (kDual)
     share_channels(tile, shared[1], to_dresidual, [&](int64_t c) {
+      if (blockIdx.y == 0) store_weight_gradient(p.dresidual_weight, p.residual_norm, p.sum_gr, c);
       return channel_gradient(p.residual_norm, p.dbias, p.sum_gr, p.extent.rows, p.training, c);
     });
   Affine<float> affine[kOctet];
@@ -384,8 +441,17 @@ cudaError_t dispatch_epilogue(Epilogue epilogue, Launch launch) {
 
 inline cudaError_t launch_bn_stats(const StatsParams& p, void* workspace, const Queue& queue) {
   return dispatch_layout(p.dtype, p.extent.channels, {p.x}, [&]<typename scalar_t, bool kPacked>() {
-    return launch_reduction(bn_stats_kernel<scalar_t, kPacked>, p, workspace, queue);
+    return p.sums == nullptr
+               ? launch_reduction(bn_stats_kernel<scalar_t, false, kPacked>, p, workspace, queue)
+               : launch_reduction(bn_stats_kernel<scalar_t, true, kPacked>, p, workspace, queue);
   });
+}
+
+// One thread a channel.
+inline cudaError_t launch_bn_scale(const ScaleParams& p, const Queue& queue) {
+  const int64_t blocks = (p.channels + kPointwiseThreads - 1) / kPointwiseThreads;
+  const Tiling tiling{dim3(static_cast<unsigned>(blocks)), dim3(kPointwiseThreads), 0};
+  return launch_kernel(bn_scale_kernel, tiling, queue, p);
 }
 
 inline cudaError_t launch_bn_forward(const ForwardParams& p, const Queue& queue) {

@@ -1,35 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CUDA entries share: torch's current stream, scratch memory, a batch norm's vectors.
+// What the entries of our kernels share: their queue, scratch memory, a batch norm's vectors.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
-#include <stdexcept>
 #include <string>
 
 #include "check.h"
 #include "cuda/normalisation.cuh"
+#include "cuda/stream.h"
 #include "cuda/tile.cuh"
 
 namespace fastresnet::cuda {
 
-using torch::stable::accelerator::DeviceGuard;
-
-inline void check_cuda(const char* op, cudaError_t status) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // or torch would report it again, as the error of its next kernel
-  throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(status));
-}
-
 inline Queue current_queue(const char* op, const Tensor& x) {
-  const int32_t device = x.get_device_index();
-  void* stream = nullptr;
-  if (aoti_torch_get_current_cuda_stream(device, &stream) != TORCH_SUCCESS)
-    throw std::runtime_error(std::string(op) + ": torch has no current CUDA stream");
-  Queue queue{static_cast<cudaStream_t>(stream), 0};
-  check_cuda(
-      op, cudaDeviceGetAttribute(&queue.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  Queue queue{current_stream(op, x), 0};
+  check_cuda(op, cudaDeviceGetAttribute(&queue.multiprocessors, cudaDevAttrMultiProcessorCount,
+                                        x.get_device_index()));
   return queue;
 }
 

@@ -236,11 +236,18 @@ class BatchNormKernels(Emulator):
         super().__init__(library)
         self.multiprocessors = 2
 
-    def stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def stats(self, x: Tensor, sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and variance of ``x``; from ``sums`` [2, C] of it and its squares if they are
+        given."""
         rows, channels = x.shape
         mean, var = (unwritten((channels,), torch.float32) for _ in range(2))
-        self.run("bn_stats", [*self._shape(x), x, mean, var, self._workspace(rows, channels)])
+        self.run("bn_stats", [*self._shape(x), x, sums, mean, var, self._workspace(rows, channels)])
         return mean, var
+
+    def scale(self, norm: Norm) -> Tensor:
+        scale = unwritten(norm.var.shape, torch.float32)
+        self.run("bn_scale", [len(scale), norm.var, norm.weight, norm.eps, scale])
+        return scale
 
     def forward(
         self, form: str, x: Tensor, norm: Norm, residual: Tensor | None, residual_norm: Norm | None
@@ -283,6 +290,33 @@ class BatchNormKernels(Emulator):
         arguments = [dtype, epilogue, training, *sizes, *gradients, x, *norms, *outputs.values()]
         self.run("bn_backward", [*arguments, masked_grad, sums, self._workspace(rows, channels)])
         return outputs
+
+    def backward_of_sums(
+        self,
+        dz: Tensor,
+        sums: Tensor,
+        x: Tensor,
+        norm: Norm,
+        residual: Tensor | None,
+        residual_norm: Norm | None,
+        training: bool,
+    ) -> dict[str, Tensor | None]:
+        """What is left of the backward where ``dz``, the gradient behind the batch norm, and its
+        sums [2 or 3, C] are known."""
+        channels, dual = x.shape[1], residual_norm is not None
+        outputs = {
+            "dx": unwritten(x.shape, x.dtype),
+            "dresidual": unwritten(x.shape, x.dtype) if dual else None,
+            "dweight": unwritten((channels,), torch.float32),
+        }
+        dresidual_weight = unwritten((channels,), torch.float32) if dual else None
+        norms = self._norms(norm, residual, residual_norm)
+        dtype, epilogue, *sizes = self._shape(x, "bn_add_bn_relu" if dual else "bn")
+        gradients = [None if dual else dz, None, None]
+        arguments = [dtype, epilogue, training, *sizes, *gradients, x, *norms, *outputs.values()]
+        arguments += [sums[0], dresidual_weight, dz if dual else None, sums[1:], None]
+        self.run("bn_backward", arguments)
+        return outputs | {"dresidual_weight": dresidual_weight}
 
     def _shape(self, x: Tensor, form: str | None = None) -> list[int]:
         epilogue = [] if form is None else [EPILOGUES[form]]

@@ -23,8 +23,8 @@ int64_t bn_workspace(int64_t rows, int64_t channels, int multiprocessors) {
 }
 
 void bn_stats(DType dtype, int64_t rows, int64_t channels, int multiprocessors, const void* x,
-              float* mean, float* var, void* workspace) {
-  const StatsParams p{x, mean, var, {rows, channels, 0}, dtype};
+              const float* sums, float* mean, float* var, void* workspace) {
+  const StatsParams p{x, sums, mean, var, {rows, channels, 0}, dtype};
   launch_bn_stats(p, workspace, queue_of(multiprocessors));
 }
 
@@ -68,6 +68,14 @@ void bn_backward(DType dtype, Epilogue epilogue, bool training, int64_t rows, in
                          .dtype = dtype,
                          .epilogue = epilogue,
                          .training = training};
-  launch_bn_backward(p, workspace, queue_of(multiprocessors));
+  // Without scratch memory the sums are given, and the gradient is masked.
+  if (workspace == nullptr)
+    launch_bn_backward_apply(p, queue_of(multiprocessors));
+  else
+    launch_bn_backward(p, workspace, queue_of(multiprocessors));
+}
+
+void bn_scale(int64_t channels, const float* var, const float* weight, float eps, float* scale) {
+  launch_bn_scale({var, weight, scale, channels, eps}, queue_of(1));
 }
 }
