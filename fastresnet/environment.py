@@ -16,15 +16,16 @@ from typing import Any
 import torch
 
 import fastresnet
-from fastresnet import _extension
+from fastresnet import _extension, ops
 from fastresnet.data.selection import choose_backend
 
-# Read by the package or its build; the first two act at run time.
+# Read by the package or its build; the first two and the last but one act at run time.
 _VARIABLES = {
     "FASTRESNET_DISABLE": "1 switches every kernel off: plain torch everywhere",
     "FASTRESNET_ISA": "forces a CPU level: default, avx2, avx512, avx512_bf16, amx",
     "FASTRESNET_CUDA": "build with CUDA: auto, 0, 1",
     "TORCH_CUDA_ARCH_LIST": "build: GPU architectures",
+    "FASTRESNET_CONV_GRAPHS": "1 takes cuDNN's graphs wherever they are, 0 never, auto the faster",
     "OMP_NUM_THREADS": "CPU threads of torch and of the kernels",
 }
 # How each data backend's distributions are called.
@@ -57,6 +58,7 @@ def environment() -> dict[str, dict[str, Any]]:
             "cpu levels here": _attempt(lambda: list(torch.ops.fastresnet.isa_levels())),
             "cuda": _path(_extension.cuda_missing),
         },
+        "convolution graphs": _attempt_section(_conv_graphs),
         "data backends": {
             name: _first_version(distributions) for name, distributions in _DATA_BACKENDS.items()
         }
@@ -77,6 +79,16 @@ def _path(missing: str | None) -> str:
 
 def _gpus() -> list[str]:
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _conv_graphs() -> dict[str, str]:
+    """What was timed at first use, in any process, and taken."""
+    shown = {
+        f"{device}: {problem}": f"{'fused' if choice.fused else 'apart'} ({choice.reason})"
+        for device, problems in ops.choice.choices().items()
+        for problem, choice in problems.items()
+    }
+    return shown or {"timed so far": "none"}
 
 
 def _backend_for(kind: str) -> str:

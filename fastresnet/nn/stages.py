@@ -3,7 +3,8 @@
 
 A block's output is used twice, by the next block's convolution and by its shortcut, and autograd
 would add the two gradients in a pass of its own: read two tensors, write a third. In the chain they
-stay apart until the backward of the join in front reads both.
+stay apart until the backward of the join in front reads both: in a segment's node where the kernels
+take over all of it (:mod:`fastresnet.nn.segments`), else in that of a join handed out twice.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ..ops import Fork
 from .batch_norm import has_hooks
 from .blocks import BasicBlock, Bottleneck
 from .links import runs_as_node
+from .segments import run_segments
 from .sequential import FusedSequential
 
 # On the CPU a block is one node, which adds them itself (fastresnet.nn.residual).
@@ -35,10 +37,13 @@ def run_stages(stages: Sequence[nn.Module], x: Any) -> Any:
         for stage in stages:
             x = stage(x)
         return x
+    blocks = [block for stage in stages for block in stage]
+    out = run_segments(blocks, x) if blocks else x
+    if out is not None:
+        return out
     fork = Fork(x, x)
-    for stage in stages:
-        for block in stage:
-            fork = block.fork(fork)
+    for block in blocks:
+        fork = block.fork(fork)
     return fork.x
 
 

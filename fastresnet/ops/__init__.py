@@ -2,7 +2,7 @@
 """The fused operators as differentiable functions, each with a plain-torch twin in
 :mod:`fastresnet.ops.reference`."""
 
-from . import reference, reference_warp
+from . import choice, conv_graph, reference, reference_warp
 from .bn_act import (
     KERNEL_DTYPES,
     bn,
@@ -15,6 +15,7 @@ from .bn_act import (
     has_kernel,
 )
 from .conv import bn_sums, conv_bn_backward, conv_stats, has_conv_kernel
+from .conv_graph import Geometry
 from .conv_relu import conv_relu, has_conv_relu_kernel
 from .max_pool import bn_relu_max_pool, has_max_pool_kernel
 from .reference import ConvGradients, Fork, Normalized
@@ -24,6 +25,7 @@ __all__ = [
     "KERNEL_DTYPES",
     "ConvGradients",
     "Fork",
+    "Geometry",
     "Normalized",
     "bn",
     "bn_add_bn_relu",
@@ -34,7 +36,9 @@ __all__ = [
     "bn_relu_max_pool",
     "bn_stats",
     "bn_sums",
+    "choice",
     "conv_bn_backward",
+    "conv_graph",
     "conv_relu",
     "conv_stats",
     "has_conv_kernel",

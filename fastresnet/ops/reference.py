@@ -292,6 +292,157 @@ def conv_bn_backward(
     return gradients
 
 
+def conv_sums(
+    x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Convolution of ``x`` and the sums of its output and of that's squares, float32 [2, C]."""
+    y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    y = y.contiguous(memory_format=torch.channels_last)
+    values = y.float()
+    return y, torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
+
+
+def bn_stats_of_sums(x: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of ``x``, whose sums are those of
+    :func:`conv_sums`. Its kernel looks at ``x`` only where they say too little."""
+    return bn_stats(x)
+
+
+def bn_scale(var: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``weight / sqrt(var + eps)``."""
+    return weight * (var + eps).rsqrt()
+
+
+def conv_dgrad_add(
+    grad: Tensor,
+    weight: Tensor,
+    addend: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+) -> Tensor:
+    """The gradient of a convolution's input, which has the shape of ``addend``, plus ``addend``,
+    rounded once."""
+    geometry = (stride, padding, dilation, groups)
+    return (_dgrad(grad, weight, addend, *geometry) + addend.float()).to(addend.dtype)
+
+
+def bn_relu_conv_dgrad(
+    grad: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """The way back through a convolution and the ReLU in front of it: ``dz``, the gradient of what
+    that ReLU is of, ``(x - mean) * scale + bias``; and the sums of ``dz`` and ``dz * (x - mean)``,
+    float32 [2, C]."""
+    dz = _dgrad(grad, weight, x, stride, padding, dilation, groups)
+    centred = x.float() - _per_channel(mean)
+    passes = centred * _per_channel(scale) + _per_channel(bias) > 0
+    return _with_sums(dz * passes, centred, dtype=x.dtype)
+
+
+def bn_add_relu_conv_dgrad(
+    grad: Tensor,
+    weight: Tensor,
+    addend: Tensor,
+    mask: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    residual: Tensor | None,
+    residual_mean: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """The way back through a convolution to the sum in front of it, ``relu(bn(x) + residual)``,
+    whose other use has the gradient ``addend``: ``dz``, the gradient of that sum, and the sums of
+    ``dz``, ``dz * (x - mean)`` and, with a residual that is normalised too,
+    ``dz * (residual - residual_mean)``, float32 [2 or 3, C]."""
+    dz = _dgrad(grad, weight, x, stride, padding, dilation, groups) + addend.float()
+    centred = [x.float() - _per_channel(mean)]
+    if residual is not None:
+        centred.append(residual.float() - _per_channel(residual_mean))
+    return _with_sums(_masked(dz, mask), *centred, dtype=x.dtype)
+
+
+def bn_backward_of_sums(
+    dz: Tensor,
+    sums: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    eps: float,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``x`` and ``weight`` of a batch norm, from ``dz``, the gradient behind it,
+    and its sums as in :func:`bn_relu_conv_dgrad`."""
+    sum_dz, dot = sums.double()
+    inverse_std = (var.double() + eps).rsqrt()
+    g = dz.double()
+    if training:
+        count = dz.numel() // dz.shape[1]
+        slope = inverse_std.square() * dot / count
+        g = g - _per_channel(sum_dz / count)
+        g = g - _per_channel(slope) * (x.double() - _per_channel(mean))
+    dx = (g * _per_channel(weight * inverse_std)).to(x.dtype)
+    return dx, (dot * inverse_std).to(weight.dtype)
+
+
+def bn_add_bn_backward_of_sums(
+    dz: Tensor,
+    sums: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    residual_mean: Tensor,
+    residual_var: Tensor,
+    residual_weight: Tensor,
+    eps: float,
+    residual_eps: float,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`bn_backward_of_sums` of both branches of ``bn(x) + bn(residual)``."""
+    own = bn_backward_of_sums(dz, sums[:2], x, mean, var, weight, eps, training)
+    vectors = (residual_mean, residual_var, residual_weight)
+    other = bn_backward_of_sums(dz, sums[::2], residual, *vectors, residual_eps, training)
+    return *own, *other
+
+
+def _dgrad(
+    grad: Tensor,
+    weight: Tensor,
+    like: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+) -> Tensor:
+    """The gradient of a convolution's input of the shape of ``like``, float32."""
+    with torch.enable_grad():
+        x = torch.zeros_like(like, dtype=torch.float32, requires_grad=True)
+        y = F.conv2d(x, weight.detach().float(), None, stride, padding, dilation, groups)
+    return torch.autograd.grad(y, x, grad.float())[0]
+
+
+def _with_sums(dz: Tensor, *centred: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``dz`` in ``dtype``, channels_last, and its sum and those of its products."""
+    products = [dz, *(dz * values for values in centred)]
+    sums = torch.stack([product.sum((0, 2, 3)) for product in products])
+    return dz.to(dtype).contiguous(memory_format=torch.channels_last), sums
+
+
 def _affine(x: Normalized) -> Tensor:
     return bn(x.x, x.mean, x.var, x.weight, x.bias, eps=x.eps, training=False)
 
