@@ -6,9 +6,6 @@ for cuDNN."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +15,7 @@ import torch.nn.functional as F
 import torchvision
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from tolerances import assert_no_worse
+from tolerances import assert_no_worse, error
 from torch import Tensor, nn
 
 import fastresnet
@@ -84,7 +81,7 @@ class Sizes:
 
 
 sizes = st.composite(Sizes)()
-each = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+each = settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 
 
 def norm_of(x: Tensor, training: bool = True) -> Normalized:
@@ -393,15 +390,10 @@ def test_a_mask_is_tried_in_front_of_room() -> None:
     assert found.float().mean() > 90
 
 
-def test_an_unknown_setting_is_refused() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "import fastresnet"],
-        env=os.environ | {"FASTRESNET_CONV_GRAPHS": "yes"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "FASTRESNET_CONV_GRAPHS must be auto, 0 or 1, got 'yes'" in done.stderr
+def test_an_unknown_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRESNET_CONV_GRAPHS", "yes")
+    with pytest.raises(ValueError, match="must be auto, 0 or 1, got 'yes'"):
+        choice._policy_from_environment()
 
 
 def test_info_shows_the_choices(watched: dict[str, list]) -> None:
@@ -434,70 +426,131 @@ def segmented(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Output, gradients and buffers of a training step; of 16 bits under autocast."""
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    with torch.autocast("cpu", dtype, enabled=dtype in choice.DTYPES):
-        out = model(x)
-    out.float().square().mean().backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return {"out": out.detach(), "x": x.grad, **gradients, **dict(model.named_buffers())}
+class Network(nn.Module):
+    """Stages of residual blocks of every kind: with and without a projection, behind one and
+    behind none, strided and not."""
+
+    def __init__(self, kind: type, groups: int = 1) -> None:
+        super().__init__()
+        wide = 16 * kind.expansion
+        self.conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        first = [] if kind.expansion > 1 else [kind(16, 16)]
+        shortcuts = [
+            nn.Sequential(nn.Conv2d(channels, wide, 1, stride, bias=False), nn.BatchNorm2d(wide))
+            for channels, stride in ((16, 1), (wide, 2))
+        ]
+        width = {"groups": groups, "base_width": 64 // groups} if groups > 1 else {}
+        self.stages = nn.ModuleList(
+            [
+                nn.Sequential(*first, kind(16, 16, 1, shortcuts[0], **width), kind(wide, 16)),
+                nn.Sequential(kind(wide, 16, 2, shortcuts[1]), kind(wide, 16), kind(wide, 16)),
+            ]
+        )
+        self.fc = nn.Linear(wide, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).contiguous(memory_format=torch.channels_last)
+        return self.fc(stages.run_stages(self.stages, x).mean((2, 3)))
 
 
-def twins(name: str, **arguments) -> list[nn.Module]:
+KINDS = {
+    "BasicBlock": (fastresnet.nn.BasicBlock, torchvision.models.resnet.BasicBlock),
+    "Bottleneck": (fastresnet.nn.Bottleneck, torchvision.models.resnet.Bottleneck),
+}
+BLOCKS = {"BasicBlock": 6, "Bottleneck": 5}
+
+
+def twins(kind: str, **arguments) -> list[nn.Module]:
     """Ours, torchvision's, and torchvision's in float64, with the same parameters."""
-    ours = getattr(fastresnet.models, name)(num_classes=5, **arguments)
+    mine, torchs = KINDS[kind]
+    ours = Network(mine, **arguments)
     for module in ours.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.0)
             nn.init.uniform_(module.bias, -0.2, 0.2)
-    theirs = [getattr(torchvision.models, name)(num_classes=5, **arguments) for _ in range(2)]
+    theirs = [Network(torchs, **arguments) for _ in range(2)]
     for model in theirs:
         model.load_state_dict(ours.state_dict())
     return [ours, theirs[0], theirs[1].double()]
 
 
+def images() -> Tensor:
+    return torch.randn(4, 3, 12, 12)
+
+
+def step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Output, gradients and buffers of a training step; of 16 bits under autocast."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=dtype in choice.DTYPES):
+        out = model(x)
+    out.double().square().mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"out": out.detach(), "x": x.grad, **gradients, **dict(model.named_buffers())}
+
+
+def assert_trains_alike(
+    models: list[nn.Module], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Ours is as near to float64 as torchvision's is; returns what ours came to."""
+    ours, theirs, exact = models
+    x = images()
+    found, torchs = step(ours, x, dtype), step(theirs, x, dtype)
+    wanted = step(exact, x.double(), torch.float64)
+    assert set(found) == set(torchs) == set(wanted)
+    if dtype == torch.float32:
+        for key, value in wanted.items():
+            assert_no_worse(found[key], torchs[key], value, key, 8 * value.abs().max().item())
+        return found
+    # The rounding errors of one vector of 16 values are a matter of chance; those of all are not.
+    scales = {key: value.double().square().mean().sqrt() for key, value in wanted.items()}
+
+    def pooled(results: dict[str, Tensor]) -> Tensor:
+        return torch.cat([(results[k].double() / scale).flatten() for k, scale in scales.items()])
+
+    assert_no_worse(pooled(found), pooled(torchs), pooled(wanted), "all together", 1.0)
+    for key, value in wanted.items():
+        assert error(found[key], value) <= 3 * error(torchs[key], value) + 1e-3 * scales[key], key
+    return found
+
+
 @pytest.mark.parametrize("policy", ["never", "always"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("BasicBlock", torch.float32),
+        ("BasicBlock", torch.bfloat16),
+        ("BasicBlock", torch.float16),
+        ("Bottleneck", torch.float32),
+        ("Bottleneck", torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_segments_train_as_torchvision(
     segmented: list[int],
     monkeypatch: pytest.MonkeyPatch,
-    name: str,
+    kind: str,
     dtype: torch.dtype,
     policy: str,
 ) -> None:
     monkeypatch.setattr(choice, "policy", policy)
-    ours, theirs, exact = twins(name)
-    x = torch.randn(4, 3, 32, 32)
-    found, torchs = step(ours, x, dtype), step(theirs, x, dtype)
-    wanted = step(exact, x.double(), torch.float64)
-    assert segmented == [8 if name == "resnet18" else 16]
-    if dtype == torch.bfloat16 and policy == "always":
+    assert_trains_alike(twins(kind), dtype)
+    assert segmented == [BLOCKS[kind]]
+    if dtype in choice.DTYPES and policy == "always":
         kinds = {problem.split()[0] for _, _, problem in choice._choices}
         expected = {"conv_stats", "dgrad_bn_relu", "dgrad_join", "dgrad_join_of_two", "dgrad_add"}
         assert kinds == expected
-        assert all(found.fused for found in choice._choices.values())
-    for key, value in wanted.items():
-        if key == "x" or value.dtype == torch.int64:
-            continue
-        assert_no_worse(found[key], torchs[key], value, key, value.abs().max().item())
+        assert all(found.fused for found in choice._choices.values()), choice._choices
+    else:
+        assert choice._choices == {}
 
 
-@pytest.mark.parametrize("name", ["resnext50_32x4d", "wide_resnet50_2"])
-def test_other_networks_run_in_segments(segmented: list[int], name: str) -> None:
-    ours, theirs, _ = twins(name)
-    x = torch.randn(2, 3, 32, 32)
-    found, wanted = step(ours, x, torch.float32), step(theirs, x, torch.float32)
-    assert segmented == [16]
-    for key, value in wanted.items():
-        scale = value.abs().max().item()
-        torch.testing.assert_close(found[key], value, rtol=5e-3, atol=2e-3 * scale, msg=key)
+def test_grouped_convolutions_run_in_segments(segmented: list[int]) -> None:
+    assert_trains_alike(twins("Bottleneck", groups=4))
+    assert segmented == [BLOCKS["Bottleneck"]]
 
 
 def test_a_segment_is_one_node(segmented: list[int]) -> None:
-    model = fastresnet.models.resnet18(num_classes=5)
-    nodes, names = [model(torch.randn(2, 3, 32, 32)).sum().grad_fn], []
+    nodes, names = [twins("BasicBlock")[0](images()).sum().grad_fn], []
     known = set()
     while nodes:
         node = nodes.pop()
@@ -506,104 +559,103 @@ def test_a_segment_is_one_node(segmented: list[int]) -> None:
         known.add(node)
         names.append(node.name())
         nodes += [parent for parent, _ in node.next_functions]
-    assert names.count("_SegmentBackward") == 8
-    assert not [name for name in names if "Convolution" in name][1:]  # but the stem's
+    assert names.count("_SegmentBackward") == BLOCKS["BasicBlock"]
+    assert sum("Convolution" in name for name in names) == 1  # that in front of the blocks
 
 
-@pytest.mark.parametrize("frozen", ["weights", "stem", "all but one"])
+@pytest.mark.parametrize("frozen", ["weights", "in front", "all but one"])
 def test_what_needs_no_gradient(segmented: list[int], frozen: str) -> None:
-    ours, theirs, _ = twins("resnet50")
-    for model in (ours, theirs):
+    models = twins("Bottleneck")
+    for model in models:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(
                 {
                     "weights": "conv2" not in name,
-                    "stem": not name.startswith(("conv1", "bn1")),
-                    "all but one": name == "layer3.1.bn2.bias",
+                    "in front": name != "conv.weight",
+                    "all but one": name == "stages.1.0.bn2.bias",
                 }[frozen]
             )
-    x = torch.randn(2, 3, 32, 32)
-    results = []
-    for model in (ours, theirs):
-        model(x).square().mean().backward()
-        results.append({name: p.grad for name, p in model.named_parameters()})
-    assert segmented == [16]
-    for key, value in results[1].items():
-        assert (results[0][key] is None) == (value is None), key
-        if value is not None:
-            scale = value.abs().max().item()
-            torch.testing.assert_close(
-                results[0][key], value, rtol=5e-3, atol=1e-3 * scale, msg=key
-            )
+    found = assert_trains_alike(models)
+    assert segmented == [BLOCKS["Bottleneck"]]
+    gradients = {name for name, p in models[0].named_parameters() if p.grad is not None}
+    assert gradients == {name for name, p in models[0].named_parameters() if p.requires_grad}
+    assert gradients <= set(found)
 
 
 def test_several_steps_learn_alike(segmented: list[int]) -> None:
-    ours, theirs, _ = twins("resnet18")
-    x, losses = torch.randn(8, 3, 32, 32), []
+    ours, theirs, _ = twins("BasicBlock")
+    x, losses = images(), []
     for model in (ours, theirs):
         optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         run = []
         for _ in range(4):
             optimiser.zero_grad()
-            loss = F.cross_entropy(model(x), torch.arange(8) % 5)
+            loss = F.cross_entropy(model(x), torch.arange(4))
             loss.backward()
             optimiser.step()
             run.append(loss.item())
         losses.append(run)
     assert len(segmented) == 4
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_a_whole_network_runs_in_segments(segmented: list[int]) -> None:
+    model = fastresnet.models.resnet18(num_classes=5)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert segmented == [8]
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def add_bias(model: nn.Module) -> None:
-    conv = model.layer2[1].conv1
-    conv.bias = nn.Parameter(torch.randn(conv.out_channels))
+    conv = model.stages[1][1].conv1
+    conv.bias = nn.Parameter(torch.randn(conv.out_channels).to(conv.weight.dtype))
 
 
 def freeze_statistics(model: nn.Module) -> None:
-    model.layer3[0].bn2.eval()
+    model.stages[0][0].bn2.eval()
 
 
 def hook(model: nn.Module) -> None:
-    model.layer2[0].bn2.register_forward_hook(lambda *_: None)
+    model.stages[1][0].bn2.register_forward_hook(lambda *_: None)
 
 
 def no_affine(model: nn.Module) -> None:
-    model.layer2[0].bn1 = nn.BatchNorm2d(128, affine=False)
+    model.stages[1][0].bn1 = nn.BatchNorm2d(16, affine=False)
 
 
 def circular_padding(model: nn.Module) -> None:
-    model.layer2[0].conv2.padding_mode = "circular"
+    model.stages[1][0].conv2.padding_mode = "circular"
+    model.stages[1][0].conv2._reversed_padding_repeated_twice = [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [add_bias, freeze_statistics, hook, no_affine, circular_padding],
-    ids=lambda f: f.__name__,
-)
+CHANGES = [add_bias, freeze_statistics, hook, no_affine, circular_padding]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_what_segments_do_not_take_runs_otherwise(
     segmented: list[int], change: Callable[[nn.Module], None]
 ) -> None:
-    ours, theirs, _ = twins("resnet18")
-    for model in (ours, theirs):
+    models = twins("BasicBlock")
+    for model in models:
         torch.manual_seed(1)
         change(model)
-    x = torch.randn(4, 3, 32, 32)
-    found, wanted = step(ours, x, torch.float32), step(theirs, x, torch.float32)
+    models[2].double()
+    assert_trains_alike(models)
     assert segmented == []
-    for key, value in wanted.items():
-        scale = value.abs().max().item()
-        torch.testing.assert_close(found[key], value, rtol=5e-3, atol=1e-3 * scale, msg=key)
 
 
 def test_no_second_derivative(segmented: list[int]) -> None:
-    model = fastresnet.models.resnet18(num_classes=5)
-    x = torch.randn(2, 3, 32, 32, requires_grad=True)
+    x = images().requires_grad_()
+    model = twins("BasicBlock")[0]
     (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|differentiated twice"):
         grad.sum().backward()
+    assert segmented == [BLOCKS["BasicBlock"]]
 
 
 def test_one_value_a_channel_is_refused_in_torchs_words(segmented: list[int]) -> None:
     model = fastresnet.models.resnet18(num_classes=5)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         model(torch.randn(1, 3, 32, 32))
+    assert segmented == []

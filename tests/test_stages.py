@@ -93,8 +93,10 @@ def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 @pytest.fixture
 def chained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Chains on the CPU; the list holds the blocks that were run in one."""
+    """Chains on the CPU; the list holds the blocks that were run in one. Segments, which take the
+    place of most (tests/test_conv_graph.py), are left out."""
     monkeypatch.setattr(stages, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(stages, "run_segments", lambda *_: None)
     monkeypatch.setattr("fastresnet.nn.blocks.residual_block", lambda *_: None)
     seen: list[str] = []
     for kind in (fastresnet.nn.BasicBlock, fastresnet.nn.Bottleneck):

@@ -229,7 +229,7 @@ def _read_file() -> None:
 def _stored() -> dict[str, dict[str, list]]:
     try:
         return json.loads(file().read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         warnings.warn(f"fastresnet does not read {file()}: {error}", stacklevel=2)

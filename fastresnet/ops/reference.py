@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 
 class Normalized(NamedTuple):
@@ -325,7 +326,8 @@ def conv_dgrad_add(
     """The gradient of a convolution's input, which has the shape of ``addend``, plus ``addend``,
     rounded once."""
     geometry = (stride, padding, dilation, groups)
-    return (_dgrad(grad, weight, addend, *geometry) + addend.float()).to(addend.dtype)
+    dx = _dgrad(grad, weight, addend, *geometry) + addend.float()
+    return dx.to(addend.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def bn_relu_conv_dgrad(
@@ -420,20 +422,9 @@ def bn_add_bn_backward_of_sums(
     return *own, *other
 
 
-def _dgrad(
-    grad: Tensor,
-    weight: Tensor,
-    like: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
-    groups: int,
-) -> Tensor:
+def _dgrad(grad: Tensor, weight: Tensor, like: Tensor, *geometry: int) -> Tensor:
     """The gradient of a convolution's input of the shape of ``like``, float32."""
-    with torch.enable_grad():
-        x = torch.zeros_like(like, dtype=torch.float32, requires_grad=True)
-        y = F.conv2d(x, weight.detach().float(), None, stride, padding, dilation, groups)
-    return torch.autograd.grad(y, x, grad.float())[0]
+    return conv2d_input(like.shape, weight.float(), grad.float(), *geometry)
 
 
 def _with_sums(dz: Tensor, *centred: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
