@@ -10,6 +10,7 @@ against this.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from torch import nn
 VALUE = 2  # bytes of an activation, bfloat16 or float16
 MASK = 1 / 16  # a bit for each value, in units of a pass over a tensor
 LEVELS = ("eager", "inductor", "fused")
+# In training also: the batch norms' sums and the joins' backward in the convolutions' own kernels.
+TRAINING_LEVELS = (*LEVELS, "graphs")
 # Read and written by an optimiser step a parameter: float32 weight and momentum twice each, the
 # gradient; the 16-bit copy of the weight and of its gradient.
 OPTIMISER = 4 * 5 + 6 + 6
@@ -35,6 +38,8 @@ class Layer(NamedTuple):
     pixels: int
     weights: int
     forks: bool  # whether the block's output has two uses
+    # Whether the convolution behind it is strided: the gradient of such a one has no graph.
+    strided_behind: bool = False
 
     @property
     def values(self) -> int:
@@ -58,11 +63,12 @@ def layers(model: torchvision.models.ResNet, side: int = 224) -> Iterator[Layer]
     for block in blocks:
         forks, inner = block is not blocks[-1], side
         convs = [module for name, module in block.named_children() if name.startswith("conv")]
-        for conv in convs[:-1]:
+        for conv, behind in itertools.pairwise(convs):
             found, inner = layer(conv, "mid", inner)
-            yield found
+            yield found._replace(strided_behind=behind.stride[0] > 1)
         role = "last" if block.downsample is None else "dual"
-        yield layer(convs[-1], role, inner, forks)[0]
+        next_stride = blocks[blocks.index(block) + 1].conv1.stride[0] if forks else 1
+        yield layer(convs[-1], role, inner, forks)[0]._replace(strided_behind=next_stride > 1)
         if block.downsample is not None:
             yield layer(block.downsample[0], "down", side)[0]
         side = inner
@@ -94,7 +100,36 @@ _PASSES = {
         "dual": 4 + MASK + 5 + MASK + 5,
         "down": 1,
     },
+    "graphs": {  # the passes of our kernels; GRAPH_READS come to them
+        "stem": 1,
+        "mid": 2 + 3,
+        "last": 3 + MASK + 3,
+        "dual": 3 + MASK + 5,
+        "down": 0,
+    },
 }
+# What a convolution's kernel reads, beyond its operands, to make the gradient in front of a ReLU
+# and the sums for the batch norms there: their inputs; of a join also the other gradient and the
+# mask.
+GRAPH_READS = {"stem": 0, "mid": 1, "last": 2 + MASK, "dual": 3 + MASK, "down": 0}
+
+
+def has_graph(layer: Layer) -> bool:
+    """Whether the gradient in front of the layer's ReLU is made by a graph."""
+    inside = layer.role == "mid" or (layer.role in ("last", "dual") and layer.forks)
+    return inside and not layer.strided_behind
+
+
+def passes(level: str, layer: Layer) -> float:
+    """How often one training step passes over the layer's values, beside the convolutions."""
+    count = _PASSES[level][layer.role]
+    if level == "graphs" and has_graph(layer):
+        return count + GRAPH_READS[layer.role]
+    if level == "graphs" and layer.role not in ("stem", "down"):
+        count = _PASSES["fused"][layer.role] - 1  # the statistics are a graph's all the same
+    if level in ("fused", "graphs") and layer.role in ("last", "dual") and not layer.forks:
+        count -= 1  # the end of the network has one gradient
+    return count
 
 
 def training_bytes(model: torchvision.models.ResNet, batch: int) -> dict[str, dict[str, float]]:
@@ -109,22 +144,13 @@ def training_bytes(model: torchvision.models.ResNet, batch: int) -> dict[str, di
     stem = VALUE * batch * found[0].values
     pooled = stem / 4
     result = {}
-    for level in LEVELS:
-        norms = sum(VALUE * batch * layer.values * _PASSES[level][layer.role] for layer in found)
-        if level == "fused":
+    for level in TRAINING_LEVELS:
+        norms = sum(VALUE * batch * layer.values * passes(level, layer) for layer in found)
+        if level in ("fused", "graphs"):
             pool = (stem + 1.5 * pooled) + 2 * (stem + 1.5 * pooled) + stem
-            # The end of the network has one gradient; its beginning, behind the pool, has two to
-            # add, since the first block's input is a fork of no join.
-            norms -= (
-                VALUE
-                * batch
-                * sum(
-                    layer.values
-                    for layer in found
-                    if layer.role in ("last", "dual") and not layer.forks
-                )
-            )
-            gradients = 3 * pooled
+            # The first block's input, behind the pool, is a fork of no join: its two gradients are
+            # added by autograd, or by the graph that makes the second.
+            gradients = pooled * (3 if level == "fused" else 1)
         else:
             index = 4 * pooled * (1 if level == "eager" else 1 / 4)
             pool = (stem + pooled + index) + (

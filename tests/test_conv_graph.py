@@ -190,7 +190,7 @@ def test_operators_are_sound(dtype: torch.dtype, dual: bool) -> None:
 def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
     """Lets the CPU choose, by times that a test sets; what was timed and what ran."""
     seen: dict[str, list] = {"times": [], "ran": [], "capturing": [False]}
-    monkeypatch.setattr(choice, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(choice, "DEVICES", ("cpu",))
     monkeypatch.setattr(choice, "_milliseconds", lambda *_: seen["times"].pop(0))
     monkeypatch.setattr(choice, "_is_capturing", lambda _: seen["capturing"][0])
     return seen
@@ -404,6 +404,20 @@ def test_info_shows_the_choices(watched: dict[str, list]) -> None:
     assert shown["cpu: double bfloat16 2x3x4x4 2"].startswith("fused (1.0000 ms fused, 2.0000")
 
 
+def test_the_public_operator_chooses(
+    watched: dict[str, list], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "policy", "always")
+    x, weight = channels_last(2, 8, 6, 6, dtype=torch.bfloat16), torch.randn(8, 8, 3, 3)
+    found = ops.conv_stats(x, weight, stride=2, padding=1)
+    assert [problem for _, _, problem in choice._choices] == [
+        "conv_stats bfloat16 2x8x6x6 8x8x3x3 2 1 1 1"
+    ]
+    expected = ops.reference.conv_stats(x, weight, stride=2, padding=1)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
 # ---- Segments.
 
 
@@ -411,7 +425,7 @@ def test_info_shows_the_choices(watched: dict[str, list]) -> None:
 def segmented(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Segments on the CPU; the list holds how many blocks each run of them had."""
     monkeypatch.setattr(stages, "_DEVICES", ("cpu",))
-    monkeypatch.setattr(choice, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(choice, "DEVICES", ("cpu",))
     monkeypatch.setattr("fastresnet.nn.blocks.residual_block", lambda *_: None)
     seen: list[int] = []
     run = segments.run_segments

@@ -54,8 +54,9 @@ LAUNCHES = """
 #include "cuda/bn_act.cuh"
 #include "cuda/max_pool.cuh"
 using namespace fastresnet::cuda;
-void launch_all(const StatsParams& s, const ScaleParams& c, const ForwardParams& f, const BackwardParams& b,
-                const PoolForwardParams& pf, const PoolBackwardParams& pb, void* w, Queue q) {
+void launch_all(const StatsParams& s, const ScaleParams& c, const ForwardParams& f,
+                const BackwardParams& b, const PoolForwardParams& pf,
+                const PoolBackwardParams& pb, void* w, Queue q) {
   launch_bn_stats(s, w, q);
   launch_bn_scale(c, q);
   launch_bn_forward(f, q);

@@ -25,7 +25,7 @@ from .. import _extension
 from ..files import write_atomically
 
 DTYPES = (torch.bfloat16, torch.float16)
-_DEVICES = ("cuda",)
+DEVICES = ("cuda",)
 _POLICIES = {"auto": "timed", "1": "always", "0": "never"}
 # Eight roundings, in the norm of a result; what is computed otherwise differs by one or two.
 _TOLERANCE = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8}
@@ -105,7 +105,7 @@ def _may_fuse(arguments: tuple[Any, ...]) -> bool:
     x = arguments[0]
     maps = [value for value in arguments if isinstance(value, Tensor) and value.dim() == 4]
     return (
-        x.device.type in _DEVICES
+        x.device.type in DEVICES
         and _extension.is_active(x.device.type)
         and x.dtype in DTYPES
         # cuDNN's sums are added up in any order.

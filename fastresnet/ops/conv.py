@@ -6,7 +6,8 @@ weight and batch norm together.
 These are the parts that a residual block is made of (:mod:`fastresnet.nn.residual` joins them into
 one autograd node). They carry no autograd of their own.
 
-Where :func:`has_conv_kernel` is false the twins in :mod:`fastresnet.ops.reference` run.
+Where :func:`has_conv_kernel` is false the twins in :mod:`fastresnet.ops.reference` run; on CUDA the
+statistics are those of :mod:`fastresnet.ops.conv_graph`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _extension
-from . import reference
+from . import choice, conv_graph, reference
 from .bn_act import KERNEL_DTYPES, has_kernel
 from .reference import ConvGradients, Normalized
 
@@ -72,6 +73,10 @@ def conv_stats(
         ValueError: shapes do not fit each other.
     """
     source, bn = (x.x, x) if isinstance(x, Normalized) else (x, None)
+    if bn is None and x.device.type in choice.DEVICES and has_kernel(x):
+        filters = weight.to(dtype=x.dtype, memory_format=torch.channels_last)
+        geometry = conv_graph.Geometry(stride, padding, dilation, groups)
+        return conv_graph.conv_stats(x, filters, geometry)
     if not has_conv_kernel(source, weight, groups):
         return reference.conv_stats(
             x, weight, stride=stride, padding=padding, dilation=dilation, groups=groups

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import fastresnet
 from fastresnet import _extension, ops
-from fastresnet.ops import reference
+from fastresnet.ops import Geometry, Normalized, choice, conv_graph, reference
 
 pytestmark = pytest.mark.needs_cuda
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -84,6 +85,68 @@ def test_the_same_bits_every_time_and_on_another_stream(form: str) -> None:
     torch.cuda.current_stream().wait_stream(stream)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+GRAPHS = {  # x, weight, stride
+    "layer1, 1x1": ((32, 64, 56, 56), (256, 64, 1, 1), 1),
+    "layer1, 3x3": ((32, 64, 56, 56), (64, 64, 3, 3), 1),
+    "layer4, 1x1": ((32, 2048, 7, 7), (512, 2048, 1, 1), 1),
+    "layer2, strided": ((32, 128, 56, 56), (128, 128, 3, 3), 2),
+}
+
+
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(choice, "_choices", {})
+    monkeypatch.setattr(choice, "_read", False)
+    monkeypatch.setattr(choice, "policy", "timed")
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize("case", GRAPHS)
+@pytest.mark.parametrize("dtype", choice.DTYPES, ids=str)
+def test_graphs_come_to_what_their_parts_do(dtype: torch.dtype, case: str) -> None:
+    """Each is tried at first use, its result compared; only gradients of strided convolutions have
+    no plan."""
+    x_size, weight_size, stride = GRAPHS[case]
+    geometry = Geometry(stride, weight_size[2] // 2)
+    x, addend = (channels_last(*x_size, dtype=dtype) for _ in range(2))
+    weight = channels_last(*weight_size, dtype=dtype)
+    y, mean, var = conv_graph.conv_stats(x, weight, geometry)
+    grad = channels_last(*y.shape, dtype=dtype)
+    vectors = [torch.rand(x_size[1], device="cuda") + 0.5 for _ in range(2)]
+    norm = Normalized(x, *ops.bn_stats(x), *vectors, 1e-5, True)
+    other = Normalized(addend, *ops.bn_stats(addend), *vectors, 1e-5, True)
+    n, c, h, w = x_size
+    mask = torch.randint(0, 256, (n, h, w, c // 8), dtype=torch.uint8, device="cuda")
+    conv_graph.dgrad_add(grad, weight, addend, geometry)
+    conv_graph.dgrad_bn_relu(grad, weight, norm, geometry)
+    conv_graph.dgrad_join(grad, weight, addend, mask, norm, None, geometry)
+    conv_graph.dgrad_join(grad, weight, addend, mask, norm, other, geometry)
+    (found,) = choice.choices().values()
+    assert len(found) == 5
+    for problem, chosen in found.items():
+        if stride > 1 and problem.startswith("dgrad"):
+            assert "no plan" in chosen.reason, (problem, chosen)
+        else:
+            assert chosen.reason.endswith("apart"), (problem, chosen)  # both were timed
+    torch.testing.assert_close(
+        var.double(), y.double().var((0, 2, 3), correction=0), rtol=1e-2, atol=0
+    )
+    torch.testing.assert_close(mean.double(), y.double().mean((0, 2, 3)), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize("policy", ["always", "never"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_training_step_with_graphs_and_without(
+    monkeypatch: pytest.MonkeyPatch, name: str, policy: str
+) -> None:
+    monkeypatch.setattr(choice, "policy", policy)
+    test_a_training_step_is_torchvisions(name, torch.bfloat16)
+    fused = [chosen.fused for (under, _, _), chosen in choice._choices.items() if under == "always"]
+    assert any(fused) == (policy == "always")
 
 
 def step(model: torch.nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
