@@ -19,13 +19,13 @@ import fastresnet
 from fastresnet import _extension, ops
 from fastresnet.data.selection import choose_backend
 
-# Read by the package or its build; the first two and the last but one act at run time.
+# Read by the package or its build; the first three act at run time.
 _VARIABLES = {
     "FASTRESNET_DISABLE": "1 switches every kernel off: plain torch everywhere",
     "FASTRESNET_ISA": "forces a CPU level: default, avx2, avx512, avx512_bf16, amx",
+    "FASTRESNET_CONV_GRAPHS": "1 takes cuDNN's graphs wherever they are, 0 never, auto the faster",
     "FASTRESNET_CUDA": "build with CUDA: auto, 0, 1",
     "TORCH_CUDA_ARCH_LIST": "build: GPU architectures",
-    "FASTRESNET_CONV_GRAPHS": "1 takes cuDNN's graphs wherever they are, 0 never, auto the faster",
     "OMP_NUM_THREADS": "CPU threads of torch and of the kernels",
 }
 # How each data backend's distributions are called.

@@ -42,6 +42,7 @@ def _nothing_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a new process knows."""
     monkeypatch.setattr(choice, "_choices", {})
+    monkeypatch.setattr(choice, "_known", {})
     monkeypatch.setattr(choice, "_has_run", set())
     monkeypatch.setattr(choice, "_read", False)
 

@@ -10,6 +10,7 @@ says so.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import threading
@@ -51,7 +52,8 @@ def _policy_from_environment() -> str:
 policy = _policy_from_environment()
 
 _choices: dict[tuple[str, str, str], Choice] = {}  # policy, device, problem
-_has_run: set[tuple[int | None, str]] = set()  # device, problem
+_known: dict[tuple, Choice] = {}  # the same by what choose() sees, so that it need not be described
+_has_run: set[tuple] = set()  # of its keys, those whose fused way this process has taken
 _lock = threading.Lock()
 _read = False
 
@@ -68,16 +70,16 @@ def choose(name: str, fused: Callable, apart: Callable, arguments: tuple[Any, ..
     device = arguments[0].device
     if policy == "never" or not _may_fuse(arguments):
         return apart(*arguments)
-    problem = f"{name} {_described(arguments)}"
+    key = (policy, device, name, *map(_part, arguments))
     # While a CUDA graph is captured nothing may be timed, planned or loaded.
     if _is_capturing(device):
-        way = fused if (device.index, problem) in _has_run else apart
+        way = fused if key in _has_run else apart
         return way(*arguments)
-    choice = _choice(problem, fused, apart, arguments)
+    choice = _known.get(key) or _choice(key, fused, apart, arguments)
     if not choice.fused:
         return apart(*arguments)
     result = fused(*arguments)
-    _has_run.add((device.index, problem))
+    _has_run.add(key)
     return result
 
 
@@ -116,17 +118,26 @@ def _may_fuse(arguments: tuple[Any, ...]) -> bool:
     )
 
 
-def _described(arguments: tuple[Any, ...]) -> str:
+def _part(value: Any) -> Any:
+    """What a problem depends on: the dtype and sizes of a map or weight, and whole numbers."""
+    if isinstance(value, Tensor) and value.dim() == 4:
+        return value.dtype, value.shape
+    return value if type(value) is int else None
+
+
+def _described(key: tuple) -> str:
     """The dtype, the sizes of all maps and weights, and the whole numbers."""
-    parts = [str(arguments[0].dtype).removeprefix("torch.")]
-    for value in arguments:
-        if isinstance(value, Tensor) and value.dim() == 4:
-            parts.append("x".join(map(str, value.shape)))
-        elif isinstance(value, int) and not isinstance(value, bool):
-            parts.append(str(value))
-    return " ".join(parts)
+    _policy, _device, name, *parts = key
+    words = [name, str(parts[0][0]).removeprefix("torch.")]
+    for part in parts:
+        if isinstance(part, tuple):
+            words.append("x".join(map(str, part[1])))
+        elif part is not None:
+            words.append(str(part))
+    return " ".join(words)
 
 
+@functools.cache
 def _device_name(device: torch.device) -> str:
     """All that a choice depends on but the problem itself."""
     if device.type != "cuda":
@@ -137,18 +148,19 @@ def _device_name(device: torch.device) -> str:
     )
 
 
-def _choice(problem: str, fused: Callable, apart: Callable, arguments: tuple[Any, ...]) -> Choice:
-    key = (policy, _device_name(arguments[0].device), problem)
+def _choice(key: tuple, fused: Callable, apart: Callable, arguments: tuple[Any, ...]) -> Choice:
+    described = (policy, _device_name(key[1]), _described(key))
     with _lock:
         _read_file()
-        if key not in _choices:
+        if described not in _choices:
             choice = _try(fused, apart, arguments)
             if choice is None:
                 return Choice(False, "not enough memory to try")
-            _choices[key] = choice
+            _choices[described] = choice
             if policy == "timed":
                 _write_file()
-        return _choices[key]
+        _known[key] = _choices[described]
+        return _known[key]
 
 
 def _try(fused: Callable, apart: Callable, arguments: tuple[Any, ...]) -> Choice | None:

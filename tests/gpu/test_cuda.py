@@ -99,6 +99,7 @@ GRAPHS = {  # x, weight, stride
 def forgetful(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(choice, "_choices", {})
+    monkeypatch.setattr(choice, "_known", {})
     monkeypatch.setattr(choice, "_read", False)
     monkeypatch.setattr(choice, "policy", "timed")
 
