@@ -236,12 +236,14 @@ def test_plans_of_every_convolution(driver: Path, architecture: str, dtype: str)
     check_plans(answers)
 
 
-def test_a_device_that_is_no_device_is_refused() -> None:
+def test_what_cannot_be_asked_is_refused() -> None:
     problem = ("conv_sums", [2, 8, 4, 4], [8, 8, 1, 1], 1, 0, 1, 1, torch.bfloat16)
     with pytest.raises(RuntimeError, match="cuDNN"):
         torch.ops.fastresnet.conv_engine(*problem, "{}")
     with pytest.raises(ValueError, match="expected the name of a graph, got conv"):
         torch.ops.fastresnet.conv_engine("conv", *problem[1:], "{}")
+    with pytest.raises(RuntimeError, match="no plan for channels that do not come in eights: 12"):
+        torch.ops.fastresnet.conv_engine(*problem[:2], [12, 8, 1, 1], *problem[3:], "{}")
     with pytest.raises(ValueError, match="expected weight for 8 channels in 2 groups"):
         torch.ops.fastresnet.conv_engine(*problem[:6], 2, torch.bfloat16, "{}")
 

@@ -97,7 +97,6 @@ void execute(const char* op, const ConvProblem& problem, const Tensor& x,
   std::vector<void*> addresses;
   for (const Tensor& t : tensors) addresses.push_back(address(op, t));
   if (sums != nullptr) {
-    check(sums->size(1) % 4 == 0, op, ": expected channels in fours, got ", sums->size(1));
     for (int64_t i = 0; i < sums->size(0); ++i)
       addresses.push_back(static_cast<float*>(address(op, *sums)) + i * sums->size(1));
   }
@@ -188,7 +187,6 @@ std::tuple<Tensor, Tensor> bn_add_relu_conv_dgrad(const Tensor& grad, const Tens
   check_vector(kOp, "mean", mean, x);
   check(dual == residual_mean.has_value(), kOp,
         ": expected residual and residual_mean, or neither");
-  check(p.channels % 8 == 0, kOp, ": expected channels in eights, got ", p.channels);
   std::vector<Tensor> tensors{grad, weight, addend, mask, x, mean};
   if (dual) {
     check_like_input(kOp, "residual", *residual, x);

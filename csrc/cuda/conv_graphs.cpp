@@ -2,6 +2,7 @@
 #include "cuda/conv_graphs.h"
 
 #include <stdexcept>
+#include <string>
 
 namespace fastresnet::cuda {
 namespace {
@@ -118,6 +119,11 @@ class Builder {
 }  // namespace
 
 std::unique_ptr<cudnn::Plan> make_plan(const ConvProblem& problem, const cudnn::Target& target) {
+  // Of a mask's bytes, and of sums side by side at addresses of whole 16 bytes.
+  const int64_t channels = is_forward(problem.graph) ? problem.out_channels : problem.channels;
+  if (channels % 8 != 0)
+    throw std::runtime_error("no plan for channels that do not come in eights: " +
+                             std::to_string(channels));
   return Builder(problem).build().plan(target);
 }
 

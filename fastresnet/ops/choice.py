@@ -105,7 +105,7 @@ def _is_capturing(device: torch.device) -> bool:
 
 def _may_fuse(arguments: tuple[Any, ...]) -> bool:
     x = arguments[0]
-    maps = [value for value in arguments if isinstance(value, Tensor) and value.dim() == 4]
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
     return (
         x.device.type in DEVICES
         and _extension.is_active(x.device.type)
@@ -114,7 +114,7 @@ def _may_fuse(arguments: tuple[Any, ...]) -> bool:
         and not torch.are_deterministic_algorithms_enabled()
         and not torch.backends.cudnn.deterministic
         and torch.backends.cudnn.enabled
-        and all(value.data_ptr() % 16 == 0 for value in maps)
+        and all(value.data_ptr() % 16 == 0 for value in tensors)
     )
 
 
