@@ -56,7 +56,6 @@ class BasicBlock(Foldable, resnet.BasicBlock):
 
     def fork(self, x: Fork) -> Fork:
         """:meth:`forward` between blocks whose gradients are added as they are read."""
-        forget_folds(self)
         return add_relu_fork(self.relu, *self.branches(*x))
 
     def branches(
@@ -88,7 +87,6 @@ class Bottleneck(Foldable, resnet.Bottleneck):
 
     def fork(self, x: Fork) -> Fork:
         """:meth:`forward` between blocks whose gradients are added as they are read."""
-        forget_folds(self)
         return add_relu_fork(self.relu, *self.branches(*x))
 
     def branches(

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..ops import Fork
 from .batch_norm import has_hooks
 from .blocks import BasicBlock, Bottleneck
+from .folding import forget_folds
 from .links import runs_as_node
 from .segments import run_segments
 from .sequential import FusedSequential
@@ -33,6 +35,9 @@ def run_stages(stages: Sequence[nn.Module], x: Any) -> Any:
             :class:`Bottleneck`.
         x: what the first is called with; chained is [N, C, H, W].
     """
+    if torch.is_grad_enabled():
+        for stage in stages:
+            forget_folds(stage)
     if not _can_chain(stages, x):
         for stage in stages:
             x = stage(x)
