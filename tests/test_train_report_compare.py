@@ -61,6 +61,14 @@ def test_seeds_are_grouped_and_differences_found(sweep: list[Path]) -> None:
     assert comparison.same_test
 
 
+def test_seeds_alone_go_by_their_recipe(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"seed={seed}", seed=seed) for seed in (0, 1)]
+    (group,) = compare_runs([read_run(folder) for folder in folders]).groups
+    assert group.label == group.runs[0].title
+    (alone,) = compare_runs([read_run(folders[1])]).groups
+    assert alone.label == "seed=1"
+
+
 def test_tables_equal_hand_computed_ones(sweep: list[Path], tmp_path: Path) -> None:
     page = Page(write_comparison(tmp_path / "out", compare_runs([*map(read_run, sweep)])))
     assert_sound(page)

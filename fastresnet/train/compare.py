@@ -233,6 +233,8 @@ def _common(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _labels(members: Sequence[tuple[Run, ...]], differences: Mapping[str, Any]) -> list[str]:
+    if len(members) == 1 and len(members[0]) > 1:  # no seed's name stands for all of them
+        return [members[0][0].title]
     if "name" in differences or not 0 < len(differences) <= _NAMED_BY_SETTINGS:
         return [group[0].name for group in members]
     return [
