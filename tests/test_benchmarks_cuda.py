@@ -66,7 +66,8 @@ def eager() -> tuple[bench_cuda.GpuProvider, ...]:
 
 @pytest.mark.parametrize(("work", "dtype"), [(TrainingStep, "bfloat16"), (Inference, "float32")])
 def test_every_provider_does_the_same_work(work: type, dtype: str) -> None:
-    case = Case("cifar_resnet18", 8, 4, dtype, graphs=True)
+    # Of fewer values a batch norm's statistics turn rounding into chance.
+    case = Case("cifar_resnet18", 16, 8, dtype, graphs=True)
     device, made = Device(0.5), []
 
     def graphs(model: torch.nn.Module) -> StandIn:
@@ -84,7 +85,7 @@ def test_every_provider_does_the_same_work(work: type, dtype: str) -> None:
     comparison.round()
     rows = comparison.rows()
     assert [row.provider for row in rows[:-1]] == [provider.name for provider in eager()]
-    assert {row.p50 for row in rows} == {4 / 0.5}
+    assert {row.p50 for row in rows} == {8 / 0.5}
     assert device.asked.count("record") == 2 * len(rows)
     assert [graph.captured for graph in made] == [1, 1]
     assert [graph.replayed for graph in made] == [2, 2], "one for the check, one for the round"
