@@ -163,6 +163,7 @@ def ask(driver: Path, problems: list[Problem], dtype: str, architecture: str) ->
         capture_output=True,
         text=True,
         env=os.environ | {"LD_LIBRARY_PATH": path},
+        cwd=driver,  # not where a clone's fastresnet/ hides the installed one
         check=False,
     )
     answers = done.stdout.splitlines()
