@@ -55,7 +55,14 @@ def run(package: Path, *command: str) -> subprocess.CompletedProcess[str]:
 def test_the_convolutions(package: Path):
     done = run(package, "-c", "import fastresnet as f; print(f.__file__, f._extension.cpu_level)")
     assert done.stdout.split() == [str(package / "fastresnet" / "__init__.py"), "amx"], done.stderr
-    options = ["-q", "-p", "no:cacheprovider", f"--rootdir={TESTS.parent}", "-k", "bfloat16 or random"]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--rootdir={TESTS.parent}",
+        "-k",
+        "bfloat16 or random",
+    ]
     done = run(package, "-m", "pytest", str(TESTS / "test_conv.py"), *options)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     assert re.search(r"\d{3} passed", done.stdout)
