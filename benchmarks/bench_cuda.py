@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastresnet import models
+from fastresnet.ops import choice
 from fastresnet.train.graph import CapturedBackward, CudaGraphs, Graphs
 
 pytestmark = pytest.mark.needs_cuda
@@ -31,9 +32,12 @@ DEVICE = "cuda"
 
 @dataclass(frozen=True)
 class GpuProvider(ModelProvider):
-    """graphed: recorded in a CUDA graph by us, forward and backward, and replayed."""
+    """graphed: recorded in a CUDA graph by us, forward and backward, and replayed.
+    conv_graphs: of fastresnet's training, with cuDNN's graphs where they were timed faster.
+    """
 
     graphed: bool = False
+    conv_graphs: bool = True
 
 
 PROVIDERS = (
@@ -48,6 +52,7 @@ PROVIDERS = (
         compile_mode="reduce-overhead",
         graphed=True,
     ),
+    GpuProvider("fastresnet, torch's convolutions", "ours", models, conv_graphs=False),
     GpuProvider("fastresnet", "ours", models),
     GpuProvider("fastresnet, CUDA graph", "ours", models, graphed=True),
     GpuProvider("stock torchvision", "context", torchvision.models, stock=True),
@@ -123,7 +128,9 @@ def compare(
     graphs: Callable[[nn.Module], Graphs] | None = None,
 ) -> Comparison:
     """The checked comparison of a case; the last four arguments are for machines without a GPU."""
-    providers = providers or case.providers
+    if providers is None:  # inference has but one way
+        training = work is TrainingStep
+        providers = tuple(p for p in case.providers if training or p.conv_graphs)
     graphs = graphs or (lambda _: CudaGraphs(torch.device(device)))
     if any(provider.compiled for provider in providers):
         torch.compiler.reset()
@@ -168,6 +175,7 @@ class _Runner:
         self.labels = labels
         self.dtype = torch.float32 if provider.stock else getattr(torch, case.dtype)
         # What torch.compile records by itself needs nothing of ours.
+        self.policy = "timed" if provider.conv_graphs else "never"
         self.records = provider.graphed and not provider.compiled
         self.graphs = graphs(self.model) if self.records else None
 
@@ -200,6 +208,13 @@ class TrainingStep(_Runner):
         return {"logits": logits.clone(), "gradient": gradient}
 
     def _forward_backward(self) -> tuple[Tensor, Tensor]:
+        before, choice.policy = choice.policy, self.policy
+        try:
+            return self._as_recorded()
+        finally:
+            choice.policy = before
+
+    def _as_recorded(self) -> tuple[Tensor, Tensor]:
         if self.recorded is not None:
             return self.recorded(self.images, self.labels, count=1, first=True)
         self.optimizer.zero_grad(set_to_none=True)

@@ -16,6 +16,8 @@ from bench_cuda import PROVIDERS, Case, Inference, TrainingStep
 from clocks import EventClock, clock_of, host_clock
 from stand_in_graphs import StandIn
 
+from fastresnet.ops import choice
+
 CONFTEST = Path(__file__).resolve().parent.parent / "benchmarks" / "conftest.py"
 
 
@@ -96,15 +98,32 @@ def test_a_step_changes_the_weights_as_the_baseline_does() -> None:
     weights = bench_cuda.initial_weights(case.architecture)
     images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
     found = []
-    for provider in (eager()[0], eager()[3]):
+    for provider in (eager()[0], eager()[4]):
         assert provider.role == ("ours" if found else "baseline")
         step = TrainingStep(case, provider, weights, images, labels, StandIn)
+        assert step.records == bool(found)
         losses = [step.step().item() for _ in range(2)]
         found.append((losses, step.model.state_dict()))
     for losses, state in found[1:]:
         assert losses == pytest.approx(found[0][0], rel=1e-3)
         for name, value in found[0][1].items():
             torch.testing.assert_close(state[name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_each_level_of_training_is_timed() -> None:
+    case = Case("cifar_resnet18", 8, 2, "float32")
+    weights = bench_cuda.initial_weights(case.architecture)
+    policies, before = {}, choice.policy
+    for provider in (provider for provider in case.providers if provider.role == "ours"):
+        step = TrainingStep(
+            *(case, provider, weights, torch.randn(2, 3, 8, 8), torch.arange(2), StandIn)
+        )
+        seen: list[str] = []
+        step.model.conv1.register_forward_hook(lambda *_, seen=seen: seen.append(choice.policy))
+        step.step()
+        policies[provider.name] = seen
+    assert policies == {"fastresnet, torch's convolutions": ["never"], "fastresnet": ["timed"]}
+    assert choice.policy == before
 
 
 def test_a_large_batch_has_no_recorded_providers() -> None:
