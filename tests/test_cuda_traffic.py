@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -95,21 +95,18 @@ def moved_beside_graphs(kernels: BatchNormKernels, layer: Layer, batch: int) -> 
     return total
 
 
-def moved_by_stem(kernels: MaxPoolKernels, layer: Layer, batch: int) -> int:
+def moved_by_stem(
+    kernels: MaxPoolKernels, layer: Layer, batch: int, *, training: bool = True
+) -> int:
     side = round(layer.pixels**0.5)
     x = torch.zeros(batch, side, side, layer.channels, dtype=torch.bfloat16)
     norm, windows = ones(layer.channels), (3, 2, 1)
     out, index = kernels.forward(x, norm, windows)
     total = sectors(kernels)
-    kernels.backward(out, index, x, norm, windows, True)
-    return total + sectors(kernels)
-
-
-def moved_by_inference_of_stem(kernels: MaxPoolKernels, layer: Layer, batch: int) -> int:
-    side = round(layer.pixels**0.5)
-    x = torch.zeros(batch, side, side, layer.channels, dtype=torch.bfloat16)
-    kernels.forward(x, ones(layer.channels), (3, 2, 1))
-    return sectors(kernels)
+    if training:
+        kernels.backward(out, index, x, norm, windows, True)
+        total += sectors(kernels)
+    return total
 
 
 def scaled(count: Callable[[int], int]) -> float:
@@ -118,20 +115,29 @@ def scaled(count: Callable[[int], int]) -> float:
     return one + (BATCH - 1) * (two - one)
 
 
-def test_resnet50_step(emulated: Callable[[str], ctypes.CDLL]) -> None:
-    with torch.device("meta"):
-        model = torchvision.models.resnet50()
+def kernel_bytes(
+    emulated: Callable[[str], ctypes.CDLL],
+    moved: Callable[[BatchNormKernels, Layer, int], int],
+    found: Iterable[Layer],
+) -> float:
+    """What our kernels move in a step, at ``moved`` bytes for the batch norm of a layer."""
     batch_norm = BatchNormKernels(emulated("bn_act"))
     max_pool = MaxPoolKernels(emulated("max_pool"))
 
     @functools.cache
     def counted(layer: Layer) -> float:
-        found = scaled(lambda batch: moved_by_batch_norm(batch_norm, layer, batch))
+        total = scaled(lambda batch: moved(batch_norm, layer, batch))
         if layer.role == "stem":
-            found += scaled(lambda batch: moved_by_stem(max_pool, layer, batch))
-        return found
+            total += scaled(lambda batch: moved_by_stem(max_pool, layer, batch))
+        return total
 
-    kernels = sum(counted(layer._replace(reads=0, weights=0)) for layer in layers(model))
+    return sum(counted(layer._replace(reads=0, weights=0)) for layer in found)
+
+
+def test_resnet50_step(emulated: Callable[[str], ctypes.CDLL]) -> None:
+    with torch.device("meta"):
+        model = torchvision.models.resnet50()
+    kernels = kernel_bytes(emulated, moved_by_batch_norm, layers(model))
     parts = training_bytes(model, BATCH)
     modelled = parts["fused"]
     ours = modelled["batch norm, ReLU, add"] + modelled["max-pool"]
@@ -151,7 +157,7 @@ def test_resnet50_inference(emulated: Callable[[str], ctypes.CDLL]) -> None:
         model = torchvision.models.resnet50()
     max_pool = MaxPoolKernels(emulated("max_pool"))
     stem = next(layers(model))
-    kernels = scaled(lambda batch: moved_by_inference_of_stem(max_pool, stem, batch))
+    kernels = scaled(lambda batch: moved_by_stem(max_pool, stem, batch, training=False))
     parts = inference_bytes(model, BATCH)
     assert kernels == pytest.approx(parts["fused"]["max-pool"], rel=0.01)
     total = sum(parts["fused"].values()) - parts["fused"]["max-pool"] + kernels
@@ -168,18 +174,8 @@ def test_resnet50_step_with_graphs(emulated: Callable[[str], ctypes.CDLL]) -> No
     norms, are computed."""
     with torch.device("meta"):
         model = torchvision.models.resnet50()
-    batch_norm = BatchNormKernels(emulated("bn_act"))
-    max_pool = MaxPoolKernels(emulated("max_pool"))
-
-    @functools.cache
-    def counted(layer: Layer) -> float:
-        found = scaled(lambda batch: moved_beside_graphs(batch_norm, layer, batch))
-        if layer.role == "stem":
-            found += scaled(lambda batch: moved_by_stem(max_pool, layer, batch))
-        return found
-
     found = list(layers(model))
-    kernels = sum(counted(layer._replace(reads=0, weights=0)) for layer in found)
+    kernels = kernel_bytes(emulated, moved_beside_graphs, found)
     read = sum(
         GRAPH_READS[layer.role] * VALUE * BATCH * layer.values
         for layer in found

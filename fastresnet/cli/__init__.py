@@ -28,17 +28,6 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train, evaluate and report one recipe")
     train.add_argument("recipe", choices=sorted(RECIPES), metavar="RECIPE", help=", ".join(RECIPES))
     train.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        dest="overrides",
-        help="change a setting of the recipe, as in --set optim.lr=0.05; may be repeated",
-    )
-    train.add_argument(
-        "--data", type=Path, metavar="DIR", help="where the data set's files are, or go"
-    )
-    train.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
@@ -55,7 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="start from a file of weights, or from torchvision's, as in "
         "ResNet18_Weights.IMAGENET1K_V1",
     )
-    train.add_argument("--threads", type=_positive, metavar="N", help="CPU threads to use")
+    _add_run_options(
+        train,
+        overrides="change a setting of the recipe, as in --set optim.lr=0.05; may be repeated",
+        data="where the data set's files are, or go",
+    )
 
     summary = commands.add_parser(
         "summary", help="show a network's layers, output shapes, parameters and operations"
@@ -75,7 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation.add_argument(
         "run", type=Path, metavar="RUN|WEIGHTS", help="a run's folder, or its best.safetensors"
     )
-    evaluation.add_argument("--data", type=Path, metavar="DIR", help="the data set's folder")
     evaluation.add_argument(
         "--part",
         choices=("train", "validation", "test"),
@@ -83,17 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="the part of the data set (default: test)",
     )
     evaluation.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        dest="overrides",
-        help="change a setting of the run, as in --set evaluation.flips=true",
-    )
-    evaluation.add_argument(
         "--output", type=Path, metavar="DIR", help="folder for predictions and confusion matrix"
     )
-    evaluation.add_argument("--threads", type=_positive, metavar="N", help="CPU threads to use")
+    _add_run_options(
+        evaluation,
+        overrides="change a setting of the run, as in --set evaluation.flips=true",
+        data="the data set's folder",
+    )
 
     _add_dataset(commands.add_parser("dataset", help="check, describe or prepare a data set"))
     compare = commands.add_parser(
@@ -114,27 +102,34 @@ def build_parser() -> argparse.ArgumentParser:
         "--seeds", type=_positive, metavar="N", help="train each combination with N seeds"
     )
     compare.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        dest="overrides",
-        help="change a setting of all runs that are trained",
-    )
-    compare.add_argument(
-        "--data", type=Path, metavar="DIR", help="where the data set's files are, or go"
-    )
-    compare.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
         help="folder for the comparison and the runs trained for it; given again, what is "
         "finished is not repeated (default: runs/compare-RECIPE, or runs/compare-TIME)",
     )
-    compare.add_argument("--threads", type=_positive, metavar="N", help="CPU threads to use")
+    _add_run_options(
+        compare,
+        overrides="change a setting of all runs that are trained",
+        data="where the data set's files are, or go",
+    )
 
     commands.add_parser("info", help="show versions, what was built and which kernels are active")
     return parser
+
+
+def _add_run_options(parser: argparse.ArgumentParser, *, overrides: str, data: str) -> None:
+    """What every command has that loads images into a recipe's network; the texts say what for."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="overrides",
+        help=overrides,
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help=data)
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads to use")
 
 
 def _add_dataset(parser: argparse.ArgumentParser) -> None:

@@ -70,7 +70,7 @@ class NativeBackend(PooledBackend):
 
 
 class _Memory(threading.local):
-    """What a thread decodes into, image after image: 1.5 times the images a second of 640 px."""
+    """What a thread decodes into, image after image: each image's pages need not be new."""
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, dtype=np.uint8)
