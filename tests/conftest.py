@@ -17,7 +17,6 @@ import torch
 from hypothesis import settings
 
 from fastresnet import ops
-from fastresnet.nn import links
 
 # Machines differ in speed, and the first example compiles or loads what later ones reuse.
 settings.register_profile("fastresnet", deadline=None, derandomize=True)
@@ -45,12 +44,11 @@ def emulated(request: pytest.FixtureRequest) -> Callable[[str], ctypes.CDLL]:
 
 @pytest.fixture
 def convolutions_at_every_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our convolutions are to be right on every level, dtype and size, also where torch's are
+    """Our convolutions are to be right on every level and dtype, also where torch's are
     preferred."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     levels = dict.fromkeys(torch.ops.fastresnet.isa_levels(), dtypes)
     monkeypatch.setattr(ops.conv, "_LEVEL_DTYPES", levels)
-    monkeypatch.setattr(links, "_NARROW", {})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,8 +13,7 @@ from tolerances import assert_no_worse
 from torch import nn
 
 import fastresnet
-from fastresnet import _extension
-from fastresnet.nn import FusedSequential, links
+from fastresnet.nn import FusedSequential
 from fastresnet.nn.chain import _Chain
 
 
@@ -108,11 +107,3 @@ def test_what_is_not_plain_runs_as_before():
     narrow = FusedSequential(*triple(8, 32, bias=False)).to(memory_format=torch.channels_last)
     few = channels_last(2, 8, 8, 8, dtype=torch.float32).requires_grad_()
     assert "_ChainBackward" not in nodes(narrow(few))
-
-
-def test_narrow_maps_are_left_to_torch(monkeypatch):
-    monkeypatch.setattr(links, "_NARROW", {_extension.cpu_level: 8})
-    chain = FusedSequential(*triple(32, 32, bias=False)).to(memory_format=torch.channels_last)
-    for width, expected in ((8, False), (9, True)):
-        x = channels_last(2, 32, 8, width, dtype=torch.float32).requires_grad_()
-        assert ("_ChainBackward" in nodes(chain(x))) == expected

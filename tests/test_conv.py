@@ -32,6 +32,17 @@ SHAPES = {
     "more_weights_than_pixels": (3, 160, 3, 4, 192),
     "deep_and_narrow": (2, 512, 4, 3, 32),
 }
+# Enough tiles for Winograd's minimal filtering: batch, channels, height, width, out_channels.
+TILED_SHAPES = {
+    "whole_tiles": (8, 64, 16, 16, 64),
+    "tails_of_all": (7, 40, 13, 11, 72),
+    "several_blocks_an_image": (1, 32, 70, 65, 32),
+    "several_images_a_block": (40, 96, 7, 7, 32),
+    "smallest_maps": (64, 64, 2, 2, 32),
+    "two_rows": (20, 32, 2, 40, 64),
+    # Shared out by channels, the weight's gradient some blocks at a time.
+    "more_weights_than_pixels": (48, 288, 4, 4, 320),
+}
 # kernel, stride, padding, dilation, groups
 GEOMETRIES = {
     "1x1": (1, 1, 0, 1, 1),
@@ -152,6 +163,46 @@ def check(shape, geometry, dtype, prologue):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_against_float64(shape, geometry, dtype, prologue):
     check(shape, geometry, dtype, prologue)
+
+
+@pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", TILED_SHAPES.values(), ids=TILED_SHAPES)
+def test_minimal_filtering_against_float64(shape, dtype, prologue):
+    batch, channels, height, width, out_channels = shape
+    x = channels_last(batch, channels, height, width, dtype=dtype)
+    weight = torch.empty(out_channels, channels, 3, 3)
+    tile = torch.ops.fastresnet.conv_tile(x, weight, 1, 1, 1, 1)
+    small = dtype == torch.float32 or min(height, width) <= 2
+    on_tiles = torch.ops.fastresnet.isa() == "amx" and dtype == torch.bfloat16
+    assert tile == (1 if on_tiles else 2 if small else 4)
+    check(shape, GEOMETRIES["3x3"], dtype, prologue)
+
+
+def test_minimal_filtering_is_for_what_it_saves_products_of():
+    x = channels_last(8, 64, 16, 16, dtype=torch.float32)
+    square, row = torch.empty(64, 64, 3, 3), torch.empty(64, 64, 1, 3)
+    tile = torch.ops.fastresnet.conv_tile
+    assert tile(x, square, 1, 1, 1, 1) == 2
+    for geometry in ((2, 1, 1, 1), (1, 0, 1, 1), (1, 2, 2, 1)):
+        assert tile(x, square, *geometry) == 1
+    assert tile(x, row, 1, 1, 1, 1) == 1
+    assert tile(x, torch.empty(64, 32, 3, 3), 1, 1, 1, 2) == 1
+    # One image of 7 x 7 has too few tiles to be worth transforming the weight.
+    assert tile(channels_last(1, 64, 7, 7, dtype=torch.float32), square, 1, 1, 1, 1) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_minimal_filtering_of_what_cancels(dtype):
+    """Transforms add inputs of weights up to 25 before the products bring them back: the outputs
+    of a mean far from zero and weights that sum to nothing are no worse for that."""
+    x = channels_last(8, 64, 16, 16, dtype=torch.float32).add(8).to(dtype)
+    weight = torch.randn(64, 64, 3, 3) / 24
+    weight = (weight - weight.mean((1, 2, 3), keepdim=True)).to(dtype).float()
+    ours = ops.conv_stats(x, weight, padding=1)[0]
+    peer = reference.conv_stats(x, weight, padding=1)[0]
+    exact = reference.conv_stats(x.double(), weight.double(), padding=1)[0]
+    assert_no_worse(ours, peer, exact, "y", exact.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

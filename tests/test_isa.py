@@ -49,18 +49,22 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, residual = x.detach(), residual.detach()
         weight = (torch.randn(40, channels, 3, 3) / (9 * channels) ** 0.5).to(dtype)
         prologue = (mean, var, one, zero, 1e-5)
-        y, y_mean, y_var = conv(x, *prologue, weight, 2, 1, 1, 1)
-        y_grad, y_one = torch.ones_like(y), torch.ones(40)
-        sums, _ = torch.ops.fastresnet.bn_sums(y_grad, None, y, y_mean, None, None)
-        dx, dweight, *_ = backward(
-            *(y_grad, None, sums, y, y_mean, y_var, y_one, 1e-5, False, x, *prologue, weight),
-            *(None, None, 2, 1, 1, 1, True),
-        )
-        # In evaluation mode the gradient of y is the same everywhere on a channel; sums of many
-        # terms are brought to the size of one.
-        rows = y.numel() / 40
-        found = (y, y_mean, y_var, dx, dweight / rows)
-        results[f"conv {dtype} {channels}"] = [tensor.to(dtype) for tensor in found]
+        many = torch.randn(30, channels, 9, 7).to(dtype)
+        many = many.contiguous(memory_format=torch.channels_last)
+        # By the sum over taps, and (many tiles, stride 1) by minimal filtering.
+        for x, stride in ((x, 2), (many, 1)):
+            y, y_mean, y_var = conv(x, *prologue, weight, stride, 1, 1, 1)
+            y_grad, y_one = torch.full_like(y, 0.25), torch.ones(40)
+            sums, _ = torch.ops.fastresnet.bn_sums(y_grad, None, y, y_mean, None, None)
+            dx, dweight, *_ = backward(
+                *(y_grad, None, sums, y, y_mean, y_var, y_one, 1e-5, False, x, *prologue, weight),
+                *(None, None, stride, 1, 1, 1, True),
+            )
+            # In evaluation mode the gradient of y is the same everywhere on a channel; sums of many
+            # terms are brought to the size of one.
+            rows = y.numel() / 40
+            found = (y, y_mean, y_var, dx, dweight / rows)
+            results[f"conv/{stride} {dtype} {channels}"] = [tensor.to(dtype) for tensor in found]
         # Integers, many of them equal, and NaN: exact, so that every position must be the same.
         x = torch.randint(-3, 4, (3, channels, 11, 8)).to(dtype)
         x[torch.rand(x.shape) < 0.02] = float("nan")

@@ -30,7 +30,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import fastresnet
 from fastresnet import models, ops
-from fastresnet.nn import BasicBlock, Bottleneck, links
+from fastresnet.nn import BasicBlock, Bottleneck
 
 RESNETS = [
     "resnet18",
@@ -352,7 +352,6 @@ EXPECTED_OPS = {
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("name", EXPECTED_OPS)
 def test_kernels_run(name, layout, monkeypatch):
-    monkeypatch.setattr(links, "_NARROW", {})  # so that small images will do
     if name == "vgg11_bn":  # as VGG, with a head that a test can afford
         features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["A"], True)
         model = models.convert(torchvision.models.VGG(nn.Identity(), init_weights=False))

@@ -84,9 +84,31 @@ int64_t second_level_cache() {
   return bytes;
 }
 
+// How many outputs a side to compute together, by what the products cost: (tile + 2)^2 of them for
+// the tiles, of single floats, against 9 for the pixels and the padding between rows, of as many
+// values as a line holds. Packing a product's weights costs what so many rows of it would.
+int64_t choose_tile(const ConvShape& s, DType dtype) {
+  constexpr int64_t kPacking = 40;
+  const bool possible = s.kernel_height == 3 && s.kernel_width == 3 && s.stride == 1 &&
+                        s.padding == 1 && s.dilation == 1 && s.groups == 1;
+  if (!possible) return 1;
+  const KernelTable& table = kernels();
+  const auto cost = [&](int64_t tile) {
+    const int64_t height = (s.height + tile - 1) / tile, width = (s.width + tile - 1) / tile;
+    const int64_t products = tile > 1 ? (tile + 2) * (tile + 2) : 9;
+    const int64_t rows = s.batch * height * (tile > 1 ? width : width + 1);
+    return products * (rows + kPacking) * table.conv_line_channels(1, DType::float32) /
+           static_cast<double>(table.conv_line_channels(tile, dtype));
+  };
+  int64_t best = 1;
+  for (int64_t tile = 2; tile <= table.conv_largest_tile(dtype); tile *= 2)
+    if (cost(tile) < cost(best)) best = tile;
+  return best;
+}
+
 // Bytes of one staged pixel of so many channels.
 int64_t staged_bytes(int64_t channels, DType dtype) {
-  return padded(channels) / kernels().conv_line_channels(dtype) * kLineBytes;
+  return padded(channels) / kernels().conv_line_channels(1, dtype) * kLineBytes;
 }
 
 // Bytes of a staged pixel of the grid, of all phases that are read.
@@ -95,14 +117,16 @@ int64_t input_bytes(const ConvShape& s, DType dtype) {
   return phases * staged_bytes(s.channels, dtype);
 }
 
-// Without a halo, small blocks cost nothing and leave the cache to the weights.
-ConvPlan plan_blocks(const ConvShape& s, int64_t pixel_bytes) {
+// Without a halo, small blocks cost nothing and leave the cache to the weights. Tiles are so large
+// when staged that a block is best no larger than what is multiplied at a time.
+ConvPlan plan_blocks(const ConvShape& s, int64_t tile, int64_t pixel_bytes) {
+  if (tile > 1) return ConvPlan(s, tile, 1, kBlockTiles, threads());
   const bool pointwise = s.kernel_height * s.kernel_width == 1 && s.stride == 1;
-  return ConvPlan(s, pixel_bytes, second_level_cache() / (pointwise ? 16 : 4), threads());
+  return ConvPlan(s, 1, pixel_bytes, second_level_cache() / (pointwise ? 16 : 4), threads());
 }
 
-ConvPlan plan_whole(const ConvShape& s, int64_t pixel_bytes) {
-  return ConvPlan(s, pixel_bytes, std::numeric_limits<int64_t>::max() / 2, 1);
+ConvPlan plan_whole(const ConvShape& s, int64_t tile, int64_t pixel_bytes) {
+  return ConvPlan(s, tile, pixel_bytes, std::numeric_limits<int64_t>::max() / 2, 1);
 }
 
 // Staged pixels of a block of a thread's own, and of those that all threads work on.
@@ -113,6 +137,18 @@ float* own_staged(int64_t floats) {
 float* shared_staged(int64_t floats) {
   static thread_local Scratch scratch;
   return scratch.floats(floats);
+}
+// A block of the weight, packed by the thread that multiplies with it.
+float* own_weight(const WeightPacking& weight) {
+  static thread_local Scratch scratch;
+  return scratch.floats(weight.block_floats());
+}
+// A thread's window on what it stages.
+float* own_window(const ConvPlan& plan) {
+  static thread_local Scratch scratch;
+  if (plan.tile == 1) return nullptr;
+  return scratch.floats(plan.window_rows(plan.rows) * plan.window_pitch() * kLineBytes /
+                        int64_t{sizeof(float)});
 }
 
 // A convolution is shared out between threads in one of two ways. By blocks: each thread stages
@@ -197,23 +233,24 @@ class OutputMoments {
   std::vector<double> sums_, counts_;
 };
 
-OutputMoments forward_by_blocks(const ConvForwardParams& p) {
+OutputMoments forward_by_blocks(const ConvForwardParams& p, const WeightPacking& weight) {
   const ConvPlan& plan = *p.plan;
   const KernelTable& table = kernels();
   const int64_t parts = std::min(threads(), plan.blocks);
-  const int64_t panels = padded(plan.shape.channels) / table.conv_line_channels(p.dtype);
+  const int64_t panels = padded(plan.shape.channels) / table.conv_line_channels(plan.tile, p.dtype);
   const int64_t out_blocks = channel_blocks(plan.shape.out_channels);
   const int64_t floats = table.conv_staged_floats(plan, p.dtype);
   OutputMoments moments(parts, plan.shape.out_channels);
+  const float* packed = weight.pack_all();
   parallel(parts, [&](int64_t part) {
-    float* staged = own_staged(floats);
+    float *staged = own_staged(floats), *window = own_window(plan);
     for (int64_t i = plan.blocks * part / parts; i < plan.blocks * (part + 1) / parts; ++i) {
       const ConvBlock block = plan.block(i);
       const Range rows{0, block.images * block.rows};
       const int64_t outputs = plan.outputs(block, rows);
       if (outputs == 0) continue;
-      table.conv_stage(p, block, {0, panels}, staged);
-      table.conv_forward(p, block, staged, rows, {0, out_blocks},
+      table.conv_stage(p, block, {0, panels}, staged, window);
+      table.conv_forward(p, block, staged, packed, rows, {0, out_blocks},
                          moments.of(part, moments.count(part) == 0));
       moments.count(part, outputs);
     }
@@ -221,22 +258,31 @@ OutputMoments forward_by_blocks(const ConvForwardParams& p) {
   return moments;
 }
 
-OutputMoments forward_by_channels(const ConvForwardParams& p) {
+OutputMoments forward_by_channels(const ConvForwardParams& p, const WeightPacking& weight) {
   const ConvPlan& plan = *p.plan;
   const KernelTable& table = kernels();
   const ConvBlock block = plan.block(0);
-  const int64_t panels = padded(plan.shape.channels) / table.conv_line_channels(p.dtype);
+  const int64_t panels = padded(plan.shape.channels) / table.conv_line_channels(plan.tile, p.dtype);
   float* staged = shared_staged(table.conv_staged_floats(plan, p.dtype));
-  parallel_panels(panels, [&](Range range) { table.conv_stage(p, block, range, staged); });
+  parallel_panels(
+      panels, [&](Range range) { table.conv_stage(p, block, range, staged, own_window(plan)); });
   const Share share(block, plan.shape.out_channels);
   OutputMoments moments(share.groups, plan.shape.out_channels);
   parallel(share.parts(), [&](int64_t part) {
-    table.conv_forward(p, block, staged, share.rows(part), share.channel_block(part),
+    float* packed = own_weight(weight);
+    weight.pack(share.channel_block(part).begin, packed);
+    table.conv_forward(p, block, staged, packed, share.rows(part), share.channel_block(part),
                        moments.of(share.group(part), true));
   });
   for (int64_t group = 0; group < share.groups; ++group)
     moments.count(group, plan.outputs(block, share.rows(group * share.blocks)));
   return moments;
+}
+
+int64_t conv_tile_cpu(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding,
+                      int64_t dilation, int64_t groups) {
+  const ConvShape s = check_conv("conv_tile", x, weight, stride, padding, dilation, groups);
+  return choose_tile(s, dtype_of("conv_tile", x));
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(
@@ -262,16 +308,18 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(
   p.y = y.mutable_data_ptr();
   p.past_caches = past_caches(y, s.out_channels);
 
-  const int64_t pixel_bytes = input_bytes(s, dtype);
-  const ConvPlan blocks = plan_blocks(s, pixel_bytes), whole = plan_whole(s, pixel_bytes);
-  const int64_t line_channels = table.conv_line_channels(dtype);
-  const int64_t weight_bytes = padded_size(s) / line_channels * kLineBytes;
+  const int64_t tile = choose_tile(s, dtype), pixel_bytes = input_bytes(s, dtype);
+  const ConvPlan blocks = plan_blocks(s, tile, pixel_bytes);
+  const ConvPlan whole = plan_whole(s, tile, pixel_bytes);
+  const int64_t line_channels = table.conv_line_channels(tile, dtype);
+  const int64_t weight_bytes = padded_size(whole) / line_channels * kLineBytes;
   const bool by_channels = threads() * weight_bytes >
                            2 * int64_t{sizeof(float)} * table.conv_staged_floats(whole, dtype);
   const ConvPlan& plan = by_channels ? whole : blocks;
   p.plan = &plan;
-  p.weight = pack(weight, plan, dtype, false);
-  const OutputMoments moments = by_channels ? forward_by_channels(p) : forward_by_blocks(p);
+  const WeightPacking packing(weight, plan, dtype, false);
+  const OutputMoments moments =
+      by_channels ? forward_by_channels(p, packing) : forward_by_blocks(p, packing);
 
   Tensor mean = empty_vector(x, s.out_channels), var = empty_vector(x, s.out_channels);
   moments.merge(mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>());
@@ -280,11 +328,13 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(
 
 int64_t backward_panels(const ConvBackwardParams& p) {
   const ConvShape& s = p.plan->shape;
-  return (padded(s.out_channels) + padded(s.channels)) / kernels().conv_line_channels(p.dtype);
+  return (padded(s.out_channels) + padded(s.channels)) /
+         kernels().conv_line_channels(p.plan->tile, p.dtype);
 }
 
 // Both return the sums of dx and dx * (x - x_mean), [groups, 2, channels], still to be added up.
-std::vector<double> backward_by_blocks(const ConvBackwardParams& p, WeightGradient& dweight) {
+std::vector<double> backward_by_blocks(const ConvBackwardParams& p, const WeightPacking& weight,
+                                       WeightGradient& dweight) {
   static thread_local Scratch shares_scratch;
   const ConvPlan& plan = *p.plan;
   const ConvShape& s = plan.shape;
@@ -293,18 +343,19 @@ std::vector<double> backward_by_blocks(const ConvBackwardParams& p, WeightGradie
   const int64_t out_blocks = channel_blocks(s.out_channels), in_blocks = channel_blocks(s.channels);
   const int64_t met = met_by_output(s, 0).count;
   const int64_t floats = table.conv_backward_staged_floats(plan, p.dtype);
-  const int64_t share = padded_size(s);
+  const int64_t share = padded_size(plan);
   float* shares = shares_scratch.floats(parts * share);
   std::vector<double> sums(parts * 2 * s.channels);
+  const float* packed = p.dx ? weight.pack_all() : nullptr;
   parallel(parts, [&](int64_t part) {
-    float* staged = own_staged(floats);
+    float *staged = own_staged(floats), *window = own_window(plan);
     const int64_t first = plan.blocks * part / parts;
     for (int64_t i = first; i < plan.blocks * (part + 1) / parts; ++i) {
       const ConvBlock block = plan.block(i);
-      table.conv_backward_stage(p, block, {0, panels}, staged);
+      table.conv_backward_stage(p, block, {0, panels}, staged, window);
       if (p.dx)
-        table.conv_input_gradient(p, block, staged, {0, block.images * block.rows}, {0, in_blocks},
-                                  &sums[part * 2 * s.channels]);
+        table.conv_input_gradient(p, block, staged, packed, {0, block.images * block.rows},
+                                  {0, in_blocks}, &sums[part * 2 * s.channels]);
       table.conv_weight_gradient(p, block, staged, {0, out_blocks}, {0, met}, i > first,
                                  shares + part * share);
     }
@@ -315,29 +366,39 @@ std::vector<double> backward_by_blocks(const ConvBackwardParams& p, WeightGradie
   return sums;
 }
 
-std::vector<double> backward_by_channels(const ConvBackwardParams& p, WeightGradient& dweight) {
+std::vector<double> backward_by_channels(const ConvBackwardParams& p, const WeightPacking& weight,
+                                         WeightGradient& dweight) {
   const ConvPlan& plan = *p.plan;
   const ConvShape& s = plan.shape;
   const KernelTable& table = kernels();
   const ConvBlock block = plan.block(0);
   const int64_t out_blocks = channel_blocks(s.out_channels), met = met_by_output(s, 0).count;
   float* staged = shared_staged(table.conv_backward_staged_floats(plan, p.dtype));
-  parallel_panels(backward_panels(p),
-                  [&](Range range) { table.conv_backward_stage(p, block, range, staged); });
+  parallel_panels(backward_panels(p), [&](Range range) {
+    table.conv_backward_stage(p, block, range, staged, own_window(plan));
+  });
   const Share share(block, s.channels);
   std::vector<double> sums(share.groups * 2 * s.channels);
   if (p.dx)
     parallel(share.parts(), [&](int64_t part) {
-      table.conv_input_gradient(p, block, staged, share.rows(part), share.channel_block(part),
+      float* packed = own_weight(weight);
+      weight.pack(share.channel_block(part).begin, packed);
+      table.conv_input_gradient(p, block, staged, packed, share.rows(part),
+                                share.channel_block(part),
                                 &sums[share.group(part) * 2 * s.channels]);
     });
-  const int64_t tiles = padded_size(s) / (out_blocks * met);
-  parallel(out_blocks * met, [&](int64_t i) {
+  // With tiles, some blocks at a time, for which what is staged is read once.
+  const int64_t together = plan.tile > 1 ? 8 : 1;
+  const int64_t tiles = padded_size(plan) / (out_blocks * met);
+  const int64_t met_parts = (met + together - 1) / together;
+  parallel(out_blocks * met_parts, [&](int64_t i) {
     static thread_local Scratch scratch;
-    float* own = scratch.floats(tiles);
-    const int64_t n = i / met, c = i % met;
-    table.conv_weight_gradient(p, block, staged, {n, n + 1}, {c, c + 1}, false, own);
-    dweight.store(n, c, own, 1, 0);
+    float* own = scratch.floats(tiles * together);
+    const int64_t n = i / met_parts, first = i % met_parts * together;
+    const Range range{first, std::min(met, first + together)};
+    table.conv_weight_gradient(p, block, staged, {n, n + 1}, range, false, own);
+    for (int64_t c = range.begin; c < range.end; ++c)
+      dweight.store(n, c, own + (c - first) * tiles, 1, 0);
   });
   return sums;
 }
@@ -399,20 +460,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_backward_cpu(
     if (addend_mask) p.addend_mask = check_mask(op, *addend_mask, x);
   }
 
+  const int64_t tile = choose_tile(s, dtype);
   const int64_t pixel_bytes = input_bytes(s, dtype) + staged_bytes(s.out_channels, dtype);
-  const ConvPlan blocks = plan_blocks(s, pixel_bytes), whole = plan_whole(s, pixel_bytes);
+  const ConvPlan blocks = plan_blocks(s, tile, pixel_bytes);
+  const ConvPlan whole = plan_whole(s, tile, pixel_bytes);
   const bool by_channels =
-      threads() * padded_size(s) > table.conv_backward_staged_floats(whole, dtype);
+      threads() * padded_size(whole) > table.conv_backward_staged_floats(whole, dtype);
   const ConvPlan& plan = by_channels ? whole : blocks;
   p.plan = &plan;
   if (wants_dx) {
-    p.weight = pack(weight, plan, dtype, true);
     p.dx = dx.mutable_data_ptr();
     p.past_caches = past_caches(dx, s.channels);
   }
+  const WeightPacking packing(weight, plan, dtype, true);
   WeightGradient dweight(weight, plan);
-  const std::vector<double> x_sums =
-      by_channels ? backward_by_channels(p, dweight) : backward_by_blocks(p, dweight);
+  const std::vector<double> x_sums = by_channels ? backward_by_channels(p, packing, dweight)
+                                                 : backward_by_blocks(p, packing, dweight);
 
   Tensor dx_sums = empty_sums(x, prologue && wants_dx ? s.channels : 0);
   double* total = dx_sums.mutable_data_ptr<double>();
@@ -427,6 +490,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_backward_cpu(
 
 STABLE_TORCH_LIBRARY_IMPL(fastresnet, CPU, m) {
   using namespace fastresnet::cpu;
+  m.impl("conv_tile", TORCH_BOX(&conv_tile_cpu));
   m.impl("conv_stats", TORCH_BOX(&conv_stats_cpu));
   m.impl("conv_bn_backward", TORCH_BOX(&conv_bn_backward_cpu));
 }

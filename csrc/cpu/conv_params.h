@@ -11,6 +11,10 @@ namespace fastresnet::cpu {
 // Convolutions work on channels in blocks of this many, zeros filled in where there are fewer.
 constexpr int64_t kChannelBlock = 32;
 
+// Tiles whose products are computed before they are transformed back: few enough for the products
+// to stay in the second-level cache, and a multiple of the rows that registers hold.
+constexpr int64_t kBlockTiles = 42;
+
 // Strides up to 4: what kernels keep of each phase has a fixed size.
 constexpr int64_t kMaxStride = 4;
 constexpr int64_t kMaxPhases = kMaxStride * kMaxStride;
@@ -47,9 +51,8 @@ struct ConvForwardParams {
   const ConvPlan* plan;
   DType dtype;
   const void* x;
-  const float* scale;   // [channels]: the input is relu(scale * x + shift); null: it is x
-  const float* shift;   // [channels]
-  const float* weight;  // as conv_pack leaves it
+  const float* scale;  // [channels]: the input is relu(scale * x + shift); null: it is x
+  const float* shift;  // [channels]
   void* y;
   bool past_caches;  // y is too large to be found in a cache by whoever reads it next
 };
@@ -73,7 +76,6 @@ struct ConvBackwardParams {
   const float* scale;   // as in the forward; where given, the gradient of scale * x + shift is
   const float* shift;   // taken and its sums with it
   const float* x_mean;  // [channels], with scale
-  const float* weight;  // as conv_pack leaves it, transposed
   const void* addend;   // like x, added to the gradient of x; may be null
   const uint8_t* addend_mask;  // where it counts; null: everywhere
   void* dx;                    // null: not wanted

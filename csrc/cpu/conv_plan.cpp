@@ -20,9 +20,9 @@ ConvShape flatten(ConvShape s) {
 
 }  // namespace
 
-ConvPlan::ConvPlan(const ConvShape& given, int64_t bytes_a_pixel, int64_t block_bytes,
+ConvPlan::ConvPlan(const ConvShape& given, int64_t tile, int64_t bytes_a_pixel, int64_t block_bytes,
                    int64_t threads)
-    : shape(flatten(given)) {
+    : shape(flatten(given)), tile(tile) {
   const ConvShape& s = shape;
   int64_t top = 0, bottom = 0, left = 0, right = 0;
   for (int64_t a = 0; a < s.stride; ++a)
@@ -52,6 +52,10 @@ ConvPlan::ConvPlan(const ConvShape& given, int64_t bytes_a_pixel, int64_t block_
   // larger of both sides.
   halo = std::max(top, bottom);
   margin = std::max(left, right);
+  if (tile > 1) {
+    grid_height = ceil_div(grid_height, tile), grid_width = ceil_div(grid_width, tile);
+    halo = margin = 0;
+  }
   pitch = grid_width + margin;
 
   const int64_t row_bytes = pitch * bytes_a_pixel;
@@ -77,9 +81,9 @@ ConvBlock ConvPlan::block(int64_t index) const {
 }
 
 int64_t ConvPlan::outputs(const ConvBlock& b, Range rows) const {
-  const int64_t of_image = std::clamp<int64_t>(shape.out_height - b.row, 0, b.rows);
+  const int64_t of_image = std::clamp<int64_t>(shape.out_height - b.row * tile, 0, b.rows * tile);
   const auto before = [&](int64_t row) {
-    return row / b.rows * of_image + std::min(row % b.rows, of_image);
+    return row / b.rows * of_image + std::min(row % b.rows * tile, of_image);
   };
   return (before(rows.end) - before(rows.begin)) * shape.out_width;
 }

@@ -10,6 +10,9 @@
 // have a pitch of a few more than the grid's width: the zeros at the end of a row are the padding
 // on its right and, at the same time, the padding on the left of the next row. In the same way the
 // zero rows between two images serve both.
+//
+// Where Winograd's minimal filtering computes `tile` x `tile` outputs together, the grid is one of
+// tiles, without any padding: a tile's lines hold all that its outputs need.
 #pragma once
 
 #include <cstdint>
@@ -45,6 +48,7 @@ struct ConvBlock {
 
 struct ConvPlan {
   ConvShape shape;
+  int64_t tile;  // outputs a side that are computed together; 1: no minimal filtering
   std::vector<Phase> phases;
   std::vector<Tap> taps;  // by phase
   int64_t grid_height, grid_width;
@@ -56,7 +60,8 @@ struct ConvPlan {
   int64_t blocks;
 
   // block_bytes: what the staged pixels of a block may take, if it has more than one row.
-  ConvPlan(const ConvShape& shape, int64_t bytes_a_pixel, int64_t block_bytes, int64_t threads);
+  ConvPlan(const ConvShape& shape, int64_t tile, int64_t bytes_a_pixel, int64_t block_bytes,
+           int64_t threads);
 
   ConvBlock block(int64_t index) const;
 
@@ -69,6 +74,13 @@ struct ConvPlan {
   int64_t plane_pixels() const { return 2 * margin + (halo + images * (rows + halo)) * pitch; }
   // Pixels of the block whose products count: from the first image's first to the last's last.
   int64_t span(const ConvBlock& b) const { return (b.images * (b.rows + halo) - halo) * pitch; }
+  // Products of matrices that the convolution is the sum, or the transform, of.
+  int64_t products() const {
+    return tile > 1 ? (tile + 2) * (tile + 2) : static_cast<int64_t>(taps.size());
+  }
+  // The pixels under some rows of tiles of an image, and one more around them.
+  int64_t window_pitch() const { return grid_width * tile + 2; }
+  int64_t window_rows(int64_t grid_rows) const { return grid_rows * tile + 2; }
   // Outputs in some rows of a block, counted through its images.
   int64_t outputs(const ConvBlock& b, Range rows) const;
 };

@@ -23,24 +23,31 @@ Tensor empty_like_weight(const Tensor& weight) {
 
 }  // namespace
 
-int64_t padded_size(const ConvShape& s) {
-  const int64_t taps = s.kernel_height * s.kernel_width;
-  return padded(s.out_channels) * met_by_output(s, 0).count * kChannelBlock * taps;
+int64_t padded_size(const ConvPlan& plan) {
+  const ConvShape& s = plan.shape;
+  return padded(s.out_channels) * met_by_output(s, 0).count * kChannelBlock * plan.products();
 }
 
-const float* pack(const Tensor& weight, const ConvPlan& plan, DType dtype, bool transposed) {
+WeightPacking::WeightPacking(const Tensor& weight, const ConvPlan& plan, DType dtype,
+                             bool transposed)
+    : plan_(plan),
+      dtype_(dtype),
+      transposed_(transposed),
+      weight_{weight.const_data_ptr(),
+              dtype_of("conv", weight),
+              {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)}},
+      blocks_(channel_blocks(transposed ? plan.shape.channels : plan.shape.out_channels)),
+      block_floats_(kernels().conv_packed_floats(plan, dtype, transposed)) {}
+
+void WeightPacking::pack(int64_t block, float* packed) const {
+  kernels().conv_pack(weight_, plan_, dtype_, transposed_, block, packed);
+}
+
+const float* WeightPacking::pack_all() const {
   static thread_local Scratch scratch;
-  const KernelTable& table = kernels();
-  constexpr int64_t kLine = 16;  // elements
-  const int64_t size = padded_size(plan.shape) / table.conv_line_channels(dtype) * kLine;
-  const int64_t blocks = channel_blocks(transposed ? plan.shape.channels : plan.shape.out_channels);
-  float* packed = scratch.floats(size);
-  const ConvWeight view{weight.const_data_ptr(),
-                        dtype_of("conv", weight),
-                        {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)}};
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i)
-      table.conv_pack(view, plan, dtype, transposed, i, packed + i * (size / blocks));
+  float* packed = scratch.floats(blocks_ * block_floats_);
+  torch::stable::parallel_for(0, blocks_, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) pack(i, packed + i * block_floats_);
   });
   return packed;
 }
@@ -56,6 +63,12 @@ void WeightGradient::store(int64_t out_block, int64_t met, const float* tiles, i
                            int64_t stride) {
   const int64_t in_block = met_by_output(plan_.shape, out_block).first + met;
   const int64_t n0 = out_block * kChannelBlock, c0 = in_block * kChannelBlock;
+  float taps[9 * kTile];
+  if (plan_.tile > 1) {
+    kernels().conv_weight_taps(plan_.tile, tiles, count, stride, taps);
+    tiles = taps;
+    count = 1;
+  }
   switch (dtype_) {
     case DType::bfloat16:
       return store_as<c10::BFloat16>(n0, c0, tiles, count, stride);

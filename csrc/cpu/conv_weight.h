@@ -11,13 +11,28 @@ namespace fastresnet::cpu {
 // Channels with the zeros that fill the last block.
 constexpr int64_t padded(int64_t channels) { return channel_blocks(channels) * kChannelBlock; }
 
-// Elements of the weight in whole blocks: channels filled in, and zeros for pairs of channels of
-// one block that share no group.
-int64_t padded_size(const ConvShape& s);
+// Elements of all products' matrices of weights in whole blocks: channels filled in, and zeros for
+// pairs of channels of one block that share no group.
+int64_t padded_size(const ConvPlan& plan);
 
-// Every block of output channels, or (transposed) of input channels, one after another; in the
-// calling thread's memory until the next call.
-const float* pack(const Tensor& weight, const ConvPlan& plan, DType dtype, bool transposed);
+// How a weight is packed: in blocks of output channels, or (transposed) of input channels.
+class WeightPacking {
+ public:
+  WeightPacking(const Tensor& weight, const ConvPlan& plan, DType dtype, bool transposed);
+
+  int64_t block_floats() const { return block_floats_; }
+  void pack(int64_t block, float* packed) const;
+  // Every block, one after another, by all threads; in the calling thread's memory until the next
+  // call.
+  const float* pack_all() const;
+
+ private:
+  const ConvPlan& plan_;
+  DType dtype_;
+  bool transposed_;
+  ConvWeight weight_;
+  int64_t blocks_, block_floats_;
+};
 
 // The gradient of `weight`, filled block by block.
 class WeightGradient {
@@ -25,7 +40,7 @@ class WeightGradient {
   WeightGradient(const Tensor& weight, const ConvPlan& plan);
 
   // One block of output channels and the `met`th block of input channels that it meets: the sum of
-  // `count` tiles [taps, 32, 32], which are `stride` floats apart, in their order.
+  // `count` tiles [products, 32, 32], which are `stride` floats apart, in their order.
   void store(int64_t out_block, int64_t met, const float* tiles, int64_t count, int64_t stride);
 
   const Tensor& tensor() const { return tensor_; }

@@ -23,7 +23,6 @@ from .links import (
     channels_fit,
     forward_links,
     is_plain,
-    mostly_padding,
     runs_as_node,
     save_for_backward,
     saved_tensors,
@@ -58,7 +57,6 @@ def run_chain(modules: Sequence[nn.Module], x: Any) -> tuple[Any, int]:
     if (
         not all(is_plain(link, x) and link.conv.in_channels >= _LEAST_CHANNELS for link in links)
         or not channels_fit(links, x)
-        or mostly_padding(links, x)
         or min(counts := values_a_channel(links, x)) < 2
     ):
         return x, 0

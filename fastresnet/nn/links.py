@@ -10,14 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _extension, ops
+from .. import ops
 from ..ops import ConvGradients, Normalized
 from .batch_norm import has_hooks, is_transformed
 from .running_stats import update_running_stats
-
-# Up to this width of a map the vector kernels, which multiply the padding between its rows too, are
-# slower than torch's.
-_NARROW = {"avx512_bf16": 8, "avx512": 8}
 
 
 class Link(NamedTuple):
@@ -168,14 +164,6 @@ def computed_dtype(link: Link, x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return link.conv.weight.dtype
-
-
-def mostly_padding(links: Sequence[Link], x: Tensor) -> bool:
-    """Whether torch's convolutions are the better ones for such small maps: on vectors, where no
-    1x1 convolution, which knows no padding, makes up for it."""
-    _height, width = links[0].output_sizes(x.shape[2:])
-    narrow = width <= _NARROW.get(_extension.cpu_level, 0)
-    return narrow and all(link.conv.kernel_size != (1, 1) for link in links)
 
 
 def channels_fit(links: Sequence[Link], x: Tensor) -> bool:

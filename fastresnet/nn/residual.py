@@ -21,7 +21,6 @@ from .links import (
     channels_fit,
     forward_links,
     is_plain,
-    mostly_padding,
     runs_as_node,
     save_for_backward,
     saved_tensors,
@@ -52,8 +51,6 @@ def residual_block(
     if not all(is_plain(link, x) for link in every):
         return None
     if not channels_fit(links, x) or not branches_fit(links[-1], projection, x):
-        return None
-    if mostly_padding(links, x):
         return None
     shortcut = [] if projection is None else [projection]
     counts = values_a_channel(links, x) + values_a_channel(shortcut, x)

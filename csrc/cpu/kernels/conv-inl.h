@@ -4,28 +4,6 @@
 // into blocks, phases and taps. Who works on which panels, rows and channels is the caller's
 // business.
 
-// Where a block's staged pixels lie in memory, one after another, on whole lines.
-class Layout {
- public:
-  explicit Layout(float* memory) : memory_(memory) {}
-
-  template <class E>
-  Plane plane(const ConvPlan& plan, int64_t channels) {
-    const int64_t stride = plane_lines<E>(plan) * kLine, count = panels<E>(channels);
-    return {take(stride * count), stride, count};
-  }
-  float* take(int64_t floats) {
-    float* begin = memory_ ? memory_ + floats_ : nullptr;
-    floats_ += floats;
-    return begin;
-  }
-  int64_t floats() const { return floats_; }
-
- private:
-  float* memory_;
-  int64_t floats_ = 0;
-};
-
 // Forward ------------------------------------------------------------------------------------
 
 template <class E>
@@ -56,8 +34,9 @@ void conv_stage_of(const ConvForwardParams& p, const ConvBlock& block, Range pan
 }
 
 template <class T>
-void conv_forward_of(const ConvForwardParams& p, const ConvBlock& block, float* memory, Range rows,
-                     Range out_blocks, const ConvMoments& moments) {
+void conv_forward_of(const ConvForwardParams& p, const ConvBlock& block, float* memory,
+                     const float* weight, Range rows, Range out_blocks,
+                     const ConvMoments& moments) {
   using E = Element<T>;
   [[maybe_unused]] const typename E::Registers registers;
   const ConvPlan& plan = *p.plan;
@@ -76,12 +55,12 @@ void conv_forward_of(const ConvForwardParams& p, const ConvBlock& block, float* 
   for (int64_t n = out_blocks.begin; n < out_blocks.end; ++n) {
     bool set_shift = moments.first;
     const int64_t panel = met_by_output(s, n).first * kBlockPanels<E>;
-    for_products<E>(plan, block, source_of_output(plan), rows, pixels,
-                    first.lines + panel * first.panel_stride, p.weight + n * weight_block,
-                    [&](const float* tile, const Runs& runs) {
-                      store_output(tile, runs, n * kChannelBlock, set_shift);
-                      set_shift = false;
-                    });
+    for_products<E>(
+        plan, block, source_of_output(plan), rows, pixels, first.lines + panel * first.panel_stride,
+        weight + (n - out_blocks.begin) * weight_block, [&](const float* tile, const Runs& runs) {
+          store_output(tile, runs, n * kChannelBlock, set_shift);
+          set_shift = false;
+        });
   }
   finish_streams();
 }
@@ -192,7 +171,7 @@ void conv_backward_stage_of(const ConvBackwardParams& p, const ConvBlock& block,
 // For each phase of x, the taps that read it, in the opposite direction.
 template <class T>
 void conv_input_gradient_of(const ConvBackwardParams& p, const ConvBlock& block, float* memory,
-                            Range rows, Range in_blocks, double* sums) {
+                            const float* weight, Range rows, Range in_blocks, double* sums) {
   using E = Element<T>;
   [[maybe_unused]] const typename E::Registers registers;
   const ConvPlan& plan = *p.plan;
@@ -212,7 +191,7 @@ void conv_input_gradient_of(const ConvBackwardParams& p, const ConvBlock& block,
       const int64_t panel = met_by_input(plan.shape, c).first * kBlockPanels<E>;
       for_products<E>(plan, block, source_of_phase(plan, phase), rows, pixels,
                       gradients.lines + panel * gradients.panel_stride,
-                      p.weight + (c * taps + phase.first_tap) * tap_block,
+                      weight + ((c - in_blocks.begin) * taps + phase.first_tap) * tap_block,
                       [&](const float* tile, const Runs& runs) {
                         store_gradient(tile, runs, c * kChannelBlock);
                       });
@@ -245,84 +224,66 @@ void conv_weight_gradient_of(const ConvBackwardParams& p, const ConvBlock& block
   }
 }
 
-// Weights ------------------------------------------------------------------------------------
-
-// What the output channel n has for 32 input channels from c on, zeros beyond its group.
-template <class W>
-inline void load_weights(const ConvWeight& weight, const ConvShape& s, int64_t n, int64_t c,
-                         int64_t tap_offset, float* values) {
-  const int64_t width = n < s.out_channels ? s.channels / s.groups : 0;
-  const int64_t group = n / (s.out_channels / s.groups) * width;
-  const int64_t begin = std::clamp<int64_t>(group - c, 0, kChannelBlock);
-  const int64_t end = std::clamp<int64_t>(group + width - c, begin, kChannelBlock);
-  const int64_t stride = weight.strides[1];
-  const W* from = static_cast<const W*>(weight.data) + n * weight.strides[0] +
-                  (c - group) * stride + tap_offset;
-  if (stride == 1 && end - begin == kChannelBlock) {
-    for (int64_t i = 0; i < kChannelBlock; i += kWidth)
-      store(values + i, load(from + i, Full{}), Full{});
-    return;
-  }
-  std::fill(values, values + kChannelBlock, 0.0f);
-  for (int64_t i = begin; i < end; ++i) values[i] = static_cast<float>(from[i * stride]);
-}
-
-template <class E, class W>
-void conv_pack_of(const ConvWeight& weight, const ConvPlan& plan, bool transposed, int64_t block,
-                  float* packed) {
-  const ConvShape& s = plan.shape;
-  const MetBlocks met = transposed ? met_by_input(s, block) : met_by_output(s, block);
-  const int64_t column = block * kChannelBlock, row = met.first * kChannelBlock;
-  for (const Tap* tap = plan.taps.data(); tap != plan.taps.data() + plan.taps.size(); ++tap) {
-    const int64_t offset = tap->weight / s.kernel_width * weight.strides[2] +
-                           tap->weight % s.kernel_width * weight.strides[3];
-    for (int64_t chunk = 0; chunk < met.count * kBlockPanels<E>; ++chunk) {
-      const int64_t from = row + chunk * kLineChannels<E>;
-      float values[2][kChannelBlock];
-      if (transposed) {
-        for (int64_t k = 0; k < kLine; ++k) {
-          for (int64_t i = 0; i < E::kDepth; ++i)
-            load_weights<W>(weight, s, from + k * E::kDepth + i, column, offset, values[i]);
-          for (int64_t i = 0; i < kChannelBlock; i += kWidth)
-            store(packed + k * kChannelBlock + i,
-                  E::element(load(values[0] + i, Full{}), load(values[E::kDepth - 1] + i, Full{})),
-                  Full{});
-        }
-      } else {
-        for (int64_t half = 0; half < kChannelBlock; half += kLine) {
-          alignas(64) float lines[kLine * kLine];
-          for (int64_t i = 0; i < kLine; ++i) {
-            load_weights<W>(weight, s, column + half + i, from, offset, values[0]);
-            for (int64_t c = 0; c < kLineChannels<E>; c += kWidth)
-              E::store_values(lines + i * kLine, c, load(values[0] + c, Full{}));
-          }
-          transpose(lines, kLine, packed + half, kChannelBlock);
-        }
-      }
-      packed += kLine * kChannelBlock;
-    }
-  }
-}
-
 // From run-time dtypes to the instances --------------------------------------------------------
 
-int64_t conv_line_channels(DType dtype) {
-  int64_t channels = 0;
-  for_dtype(dtype, [&](auto zero) { channels = kLineChannels<Element<decltype(zero)>>; });
+// Calls body(zero of the dtype, the tile as a constant): 1, or one that conv_largest_tile allows.
+template <class Body>
+inline void for_tile(int64_t tile, DType dtype, Body body) {
+  for_dtype(dtype, [&](auto zero) {
+    if (tile == 1) return body(zero, std::integral_constant<int, 1>{});
+    if constexpr (!std::is_same_v<decltype(zero), float>)
+      if (tile == 4) return body(zero, std::integral_constant<int, 4>{});
+    body(zero, std::integral_constant<int, 2>{});
+  });
+}
+
+int64_t conv_largest_tile(DType dtype) {
+  int64_t tile = 1;
+  for_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (Element<T>::kMinimalFiltering) tile = std::is_same_v<T, float> ? 2 : 4;
+  });
+  return tile;
+}
+
+int64_t conv_line_channels(int64_t tile, DType dtype) {
+  int64_t channels = kLineChannels<Single>;
+  if (tile == 1)
+    for_dtype(dtype, [&](auto zero) { channels = kLineChannels<Element<decltype(zero)>>; });
   return channels;
+}
+
+int64_t conv_packed_floats(const ConvPlan& plan, DType dtype, bool transposed) {
+  if (plan.tile > 1) return plan.products() * packed_position(plan, transposed);
+  int64_t floats = 0;
+  for_dtype(dtype, [&](auto zero) {
+    using E = Element<decltype(zero)>;
+    const MetBlocks met = transposed ? met_by_input(plan.shape, 0) : met_by_output(plan.shape, 0);
+    floats = plan.products() * met.count * kBlockPanels<E> * kLine * kChannelBlock;
+  });
+  return floats;
 }
 
 void conv_pack(const ConvWeight& weight, const ConvPlan& plan, DType dtype, bool transposed,
                int64_t column_block, float* packed) {
-  for_dtype(dtype, [&](auto zero) {
+  for_tile(plan.tile, dtype, [&](auto zero, auto tile) {
+    using T = decltype(zero);
     for_dtype(weight.dtype, [&](auto weight_zero) {
-      conv_pack_of<Element<decltype(zero)>, decltype(weight_zero)>(weight, plan, transposed,
-                                                                   column_block, packed);
+      using W = decltype(weight_zero);
+      if constexpr (tile == 1)
+        conv_pack_of<Element<T>, W>(weight, plan, transposed, column_block, packed);
+      else
+        winograd_pack<tile, T, W>(weight, plan, transposed, column_block, packed);
     });
   });
 }
 
 int64_t conv_staged_floats(const ConvPlan& plan, DType dtype) {
+  if (plan.tile > 1) {
+    Layout layout(nullptr);
+    Positions(layout, plan, plan.shape.channels);
+    return layout.floats();
+  }
   int64_t floats = 0;
   for_dtype(dtype, [&](auto zero) {
     floats = StagedInput<Element<decltype(zero)>>(plan, nullptr).floats;
@@ -331,6 +292,7 @@ int64_t conv_staged_floats(const ConvPlan& plan, DType dtype) {
 }
 
 int64_t conv_backward_staged_floats(const ConvPlan& plan, DType dtype) {
+  if (plan.tile > 1) return WinogradBackward(plan, nullptr).layout.floats();
   int64_t floats = 0;
   for_dtype(dtype, [&](auto zero) {
     floats = StagedBackward<Element<decltype(zero)>>(plan, nullptr).floats;
@@ -338,33 +300,65 @@ int64_t conv_backward_staged_floats(const ConvPlan& plan, DType dtype) {
   return floats;
 }
 
-void conv_stage(const ConvForwardParams& p, const ConvBlock& block, Range panels, float* staged) {
-  for_dtype(p.dtype, [&](auto zero) { conv_stage_of<decltype(zero)>(p, block, panels, staged); });
+void conv_stage(const ConvForwardParams& p, const ConvBlock& block, Range panels, float* staged,
+                float* window) {
+  for_tile(p.plan->tile, p.dtype, [&](auto zero, auto tile) {
+    using T = decltype(zero);
+    if constexpr (tile == 1)
+      conv_stage_of<T>(p, block, panels, staged);
+    else
+      winograd_stage<tile, T>(p, block, panels, staged, window);
+  });
 }
 
-void conv_forward(const ConvForwardParams& p, const ConvBlock& block, float* staged, Range rows,
-                  Range out_blocks, const ConvMoments& moments) {
-  for_dtype(p.dtype, [&](auto zero) {
-    conv_forward_of<decltype(zero)>(p, block, staged, rows, out_blocks, moments);
+void conv_forward(const ConvForwardParams& p, const ConvBlock& block, float* staged,
+                  const float* weight, Range rows, Range out_blocks, const ConvMoments& moments) {
+  for_tile(p.plan->tile, p.dtype, [&](auto zero, auto tile) {
+    using T = decltype(zero);
+    if constexpr (tile == 1)
+      conv_forward_of<T>(p, block, staged, weight, rows, out_blocks, moments);
+    else
+      winograd_forward<tile, T>(p, block, staged, weight, rows, out_blocks, moments);
   });
 }
 
 void conv_backward_stage(const ConvBackwardParams& p, const ConvBlock& block, Range panels,
-                         float* staged) {
-  for_dtype(p.dtype,
-            [&](auto zero) { conv_backward_stage_of<decltype(zero)>(p, block, panels, staged); });
+                         float* staged, float* window) {
+  for_tile(p.plan->tile, p.dtype, [&](auto zero, auto tile) {
+    using T = decltype(zero);
+    if constexpr (tile == 1)
+      conv_backward_stage_of<T>(p, block, panels, staged);
+    else
+      winograd_backward_stage<tile, T>(p, block, panels, staged, window);
+  });
 }
 
 void conv_input_gradient(const ConvBackwardParams& p, const ConvBlock& block, float* staged,
-                         Range rows, Range in_blocks, double* sums) {
-  for_dtype(p.dtype, [&](auto zero) {
-    conv_input_gradient_of<decltype(zero)>(p, block, staged, rows, in_blocks, sums);
+                         const float* weight, Range rows, Range in_blocks, double* sums) {
+  for_tile(p.plan->tile, p.dtype, [&](auto zero, auto tile) {
+    using T = decltype(zero);
+    if constexpr (tile == 1)
+      conv_input_gradient_of<T>(p, block, staged, weight, rows, in_blocks, sums);
+    else
+      winograd_input_gradient<tile, T>(p, block, staged, weight, rows, in_blocks, sums);
   });
 }
 
 void conv_weight_gradient(const ConvBackwardParams& p, const ConvBlock& block, float* staged,
                           Range out_blocks, Range met, bool add, float* dweight) {
-  for_dtype(p.dtype, [&](auto zero) {
-    conv_weight_gradient_of<decltype(zero)>(p, block, staged, out_blocks, met, add, dweight);
+  for_tile(p.plan->tile, p.dtype, [&](auto zero, auto tile) {
+    using T = decltype(zero);
+    if constexpr (tile == 1)
+      conv_weight_gradient_of<T>(p, block, staged, out_blocks, met, add, dweight);
+    else
+      winograd_weight_gradient<tile>(p, block, staged, out_blocks, met, add, dweight);
   });
+}
+
+void conv_weight_taps(int64_t tile, const float* tiles, int64_t count, int64_t stride,
+                      float* taps) {
+  if (tile == 2)
+    winograd_weight_taps<2>(tiles, count, stride, taps);
+  else
+    winograd_weight_taps<4>(tiles, count, stride, taps);
 }

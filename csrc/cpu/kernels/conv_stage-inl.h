@@ -53,6 +53,28 @@ int64_t plane_lines(const ConvPlan& plan) {
   return (plan.plane_pixels() + E::kRowStep) | 1;
 }
 
+// Where a block's staged pixels lie in memory, one after another, on whole lines.
+class Layout {
+ public:
+  explicit Layout(float* memory) : memory_(memory) {}
+
+  template <class E>
+  Plane plane(const ConvPlan& plan, int64_t channels) {
+    const int64_t stride = plane_lines<E>(plan) * kLine, count = panels<E>(channels);
+    return {take(stride * count), stride, count};
+  }
+  float* take(int64_t floats) {
+    float* begin = memory_ ? memory_ + floats_ : nullptr;
+    floats_ += floats;
+    return begin;
+  }
+  int64_t floats() const { return floats_; }
+
+ private:
+  float* memory_;
+  int64_t floats_ = 0;
+};
+
 // `count` pixels from `pixel` on of some panels; the source's pixels begin at `from`, `step` apart.
 template <class E, class Values>
 inline void stage_run(const Plane& plane, Range panels, int64_t channels, int64_t pixel,

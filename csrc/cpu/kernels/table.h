@@ -43,11 +43,15 @@ struct KernelTable {
   void (*bn_backward)(const BnBackwardParams& p, const BnCoefficients& x,
                       const BnCoefficients& residual, int64_t begin, int64_t end);
 
+  // The largest ConvPlan::tile that may be chosen: 1, 2 or 4.
+  int64_t (*conv_largest_tile)(DType dtype);
+
   // Channels of one staged line, which is 64 bytes.
-  int64_t (*conv_line_channels)(DType dtype);
+  int64_t (*conv_line_channels)(int64_t tile, DType dtype);
 
   // One block of 32 columns of the packed weight: output channels, or input channels for the
-  // gradient of x (transposed).
+  // gradient of x (transposed); and the floats that it takes.
+  int64_t (*conv_packed_floats)(const ConvPlan& plan, DType dtype, bool transposed);
   void (*conv_pack)(const ConvWeight& weight, const ConvPlan& plan, DType dtype, bool transposed,
                     int64_t column_block, float* packed);
 
@@ -55,28 +59,35 @@ struct KernelTable {
   int64_t (*conv_staged_floats)(const ConvPlan& plan, DType dtype);
   int64_t (*conv_backward_staged_floats)(const ConvPlan& plan, DType dtype);
 
-  // Stages some of the panels (of conv_line_channels) of a block's input.
+  // Stages some of the panels (of conv_line_channels) of a block's input. window: memory of the
+  // thread's own for a line for each pixel of the plan's window, if it has tiles.
   void (*conv_stage)(const ConvForwardParams& p, const ConvBlock& block, Range panels,
-                     float* staged);
+                     float* staged, float* window);
 
   // Some rows (counted through the block's images) and blocks of 32 channels of y, from a block of
-  // which all is staged, and their moments.
+  // which all is staged and those blocks of the weight, packed; and their moments.
   void (*conv_forward)(const ConvForwardParams& p, const ConvBlock& block, float* staged,
-                       Range rows, Range out_blocks, const ConvMoments& moments);
+                       const float* weight, Range rows, Range out_blocks,
+                       const ConvMoments& moments);
 
   // Stages some panels: those of the gradient of y first, then those of the input.
   void (*conv_backward_stage)(const ConvBackwardParams& p, const ConvBlock& block, Range panels,
-                              float* staged);
+                              float* staged, float* window);
 
-  // Some rows and blocks of channels of dx. Added to sums [2, channels]: those of dx and of
-  // dx * (x - x_mean).
+  // Some rows and blocks of channels of dx, from those blocks of the weight, packed transposed.
+  // Added to sums [2, channels]: those of dx and of dx * (x - x_mean).
   void (*conv_input_gradient)(const ConvBackwardParams& p, const ConvBlock& block, float* staged,
-                              Range rows, Range in_blocks, double* sums);
+                              const float* weight, Range rows, Range in_blocks, double* sums);
 
   // The block's share of the gradient of the weight, or that added to dweight [out_blocks, met,
-  // taps, 32, 32]; met: some of the blocks of input channels that met_by_output counts.
+  // products, 32, 32]; met: some of the blocks of input channels that met_by_output counts.
   void (*conv_weight_gradient)(const ConvBackwardParams& p, const ConvBlock& block, float* staged,
                                Range out_blocks, Range met, bool add, float* dweight);
+
+  // The sum of `count` gradients of a plan with tiles, [products, 32, 32] and `stride` floats
+  // apart, as [9, 32, 32].
+  void (*conv_weight_taps)(int64_t tile, const float* tiles, int64_t count, int64_t stride,
+                           float* taps);
 
   // Rows [begin, end) of the pooled output, of all images together.
   void (*max_pool_forward)(const MaxPoolForwardParams& p, int64_t begin, int64_t end);

@@ -10,7 +10,8 @@
 // An Element says what a line holds and how its products are computed. kRowStep: rows of a product
 // come in so many, the last ones read and written though not wanted. kOuterStep: so do the lines of
 // an outer product, zeros behind the last. kJoinedWidth: narrower rows of an image are multiplied
-// together with the padding between them.
+// together with the padding between them. kMinimalFiltering: whether a 3x3 convolution is better
+// done by winograd-inl.h.
 
 constexpr int64_t kLine = 16;
 
@@ -26,6 +27,7 @@ struct OnVectors {
   static constexpr int64_t kRowStep = 1;
   static constexpr int64_t kOuterStep = 1;
   static constexpr int64_t kJoinedWidth = kProductRows / 2;
+  static constexpr bool kMinimalFiltering = true;
 
   struct Registers {};  // held while products are computed
   // Brings kOuterStep lines into the form that an outer product's left operand has.
@@ -82,6 +84,10 @@ struct Pixels {
   int64_t taps, chunks;
 };
 
+// Weights are asked for so many floats ahead: those of many channels come from the third-level
+// cache.
+constexpr int64_t kAhead = 32 * kChannelBlock;
+
 template <class Element, int rows>
 inline void multiply_rows(const Pixels& a, const float* b, float* c) {
   Vec sums[rows][kProductVecs];
@@ -95,7 +101,10 @@ inline void multiply_rows(const Pixels& a, const float* b, float* c) {
       for (int k = 0; k < kLine; ++k, b += kChannelBlock) {
         Vec columns[kProductVecs];
 #pragma GCC unroll 4
-        for (int v = 0; v < kProductVecs; ++v) columns[v] = load(b + v * kWidth, Full{});
+        for (int v = 0; v < kProductVecs; ++v) {
+          columns[v] = load(b + v * kWidth, Full{});
+          __builtin_prefetch(b + kAhead + v * kWidth);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
           const Vec value = broadcast(lines[r * kLine + k]);

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// A convolution's weight in the order in which its products read it.
+
+// What the output channel n has for 32 input channels from c on, zeros beyond its group.
+template <class W>
+inline void load_weights(const ConvWeight& weight, const ConvShape& s, int64_t n, int64_t c,
+                         int64_t tap_offset, float* values) {
+  const int64_t width = n < s.out_channels ? s.channels / s.groups : 0;
+  const int64_t group = n / (s.out_channels / s.groups) * width;
+  const int64_t begin = std::clamp<int64_t>(group - c, 0, kChannelBlock);
+  const int64_t end = std::clamp<int64_t>(group + width - c, begin, kChannelBlock);
+  const int64_t stride = weight.strides[1];
+  const W* from = static_cast<const W*>(weight.data) + n * weight.strides[0] +
+                  (c - group) * stride + tap_offset;
+  if (stride == 1 && end - begin == kChannelBlock) {
+    for (int64_t i = 0; i < kChannelBlock; i += kWidth)
+      store(values + i, load(from + i, Full{}), Full{});
+    return;
+  }
+  std::fill(values, values + kChannelBlock, 0.0f);
+  for (int64_t i = begin; i < end; ++i) values[i] = static_cast<float>(from[i * stride]);
+}
+
+// One chunk of the lines of a column block and tap: [16 elements from the channel `from` on][32
+// columns from `column` on].
+template <class E, class W>
+inline void pack_chunk(const ConvWeight& weight, const ConvShape& s, bool transposed,
+                       int64_t column, int64_t from, int64_t tap_offset, float* packed) {
+  float values[2][kChannelBlock];
+  if (transposed) {
+    for (int64_t k = 0; k < kLine; ++k) {
+      for (int64_t i = 0; i < E::kDepth; ++i)
+        load_weights<W>(weight, s, from + k * E::kDepth + i, column, tap_offset, values[i]);
+      for (int64_t i = 0; i < kChannelBlock; i += kWidth)
+        store(packed + k * kChannelBlock + i,
+              E::element(load(values[0] + i, Full{}), load(values[E::kDepth - 1] + i, Full{})),
+              Full{});
+    }
+    return;
+  }
+  for (int64_t half = 0; half < kChannelBlock; half += kLine) {
+    alignas(64) float lines[kLine * kLine];
+    for (int64_t i = 0; i < kLine; ++i) {
+      load_weights<W>(weight, s, column + half + i, from, tap_offset, values[0]);
+      for (int64_t c = 0; c < kLineChannels<E>; c += kWidth)
+        E::store_values(lines + i * kLine, c, load(values[0] + c, Full{}));
+    }
+    transpose(lines, kLine, packed + half, kChannelBlock);
+  }
+}
+
+template <class E, class W>
+void conv_pack_of(const ConvWeight& weight, const ConvPlan& plan, bool transposed, int64_t block,
+                  float* packed) {
+  const ConvShape& s = plan.shape;
+  const MetBlocks met = transposed ? met_by_input(s, block) : met_by_output(s, block);
+  const int64_t column = block * kChannelBlock, row = met.first * kChannelBlock;
+  for (const Tap& tap : plan.taps) {
+    const int64_t offset = tap.weight / s.kernel_width * weight.strides[2] +
+                           tap.weight % s.kernel_width * weight.strides[3];
+    for (int64_t chunk = 0; chunk < met.count * kBlockPanels<E>; ++chunk) {
+      pack_chunk<E, W>(weight, s, transposed, column, row + chunk * kLineChannels<E>, offset,
+                       packed);
+      packed += kLine * kChannelBlock;
+    }
+  }
+}
