@@ -360,9 +360,9 @@ std::vector<double> backward_by_blocks(const ConvBackwardParams& p, const Weight
                                  shares + part * share);
     }
   });
-  const int64_t tiles = share / (out_blocks * met);
-  parallel(out_blocks * met,
-           [&](int64_t i) { dweight.store(i / met, i % met, shares + i * tiles, parts, share); });
+  const int64_t pairs = out_blocks * met;
+  parallel(pairs,
+           [&](int64_t i) { dweight.store(i / met, i % met, shares, i, pairs, parts, share); });
   return sums;
 }
 
@@ -398,7 +398,7 @@ std::vector<double> backward_by_channels(const ConvBackwardParams& p, const Weig
     const Range range{first, std::min(met, first + together)};
     table.conv_weight_gradient(p, block, staged, {n, n + 1}, range, false, own);
     for (int64_t c = range.begin; c < range.end; ++c)
-      dweight.store(n, c, own + (c - first) * tiles, 1, 0);
+      dweight.store(n, c, own, c - first, range.end - first, 1, 0);
   });
   return sums;
 }

@@ -59,15 +59,18 @@ WeightGradient::WeightGradient(const Tensor& weight, const ConvPlan& plan)
       data_(tensor_.mutable_data_ptr()),
       strides_{tensor_.stride(0), tensor_.stride(1), tensor_.stride(2), tensor_.stride(3)} {}
 
-void WeightGradient::store(int64_t out_block, int64_t met, const float* tiles, int64_t count,
-                           int64_t stride) {
+void WeightGradient::store(int64_t out_block, int64_t met, const float* gradients, int64_t pair,
+                           int64_t pairs, int64_t count, int64_t stride) {
   const int64_t in_block = met_by_output(plan_.shape, out_block).first + met;
   const int64_t n0 = out_block * kChannelBlock, c0 = in_block * kChannelBlock;
   float taps[9 * kTile];
+  const float* tiles = taps;
   if (plan_.tile > 1) {
-    kernels().conv_weight_taps(plan_.tile, tiles, count, stride, taps);
-    tiles = taps;
+    kernels().conv_weight_taps(plan_.tile, gradients + pair * kTile, pairs * kTile, count, stride,
+                               taps);
     count = 1;
+  } else {
+    tiles = gradients + pair * plan_.products() * kTile;
   }
   switch (dtype_) {
     case DType::bfloat16:

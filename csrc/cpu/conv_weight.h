@@ -39,9 +39,11 @@ class WeightGradient {
  public:
   WeightGradient(const Tensor& weight, const ConvPlan& plan);
 
-  // One block of output channels and the `met`th block of input channels that it meets: the sum of
-  // `count` tiles [products, 32, 32], which are `stride` floats apart, in their order.
-  void store(int64_t out_block, int64_t met, const float* tiles, int64_t count, int64_t stride);
+  // One block of output channels and the `met`th block of input channels that it meets, from what
+  // conv_weight_gradient left of `pairs` such pairs, this one being the `pair`th: the sum of
+  // `count` gradients, which are `stride` floats apart, in their order.
+  void store(int64_t out_block, int64_t met, const float* gradients, int64_t pair, int64_t pairs,
+             int64_t count, int64_t stride);
 
   const Tensor& tensor() const { return tensor_; }
 

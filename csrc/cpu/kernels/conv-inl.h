@@ -355,10 +355,10 @@ void conv_weight_gradient(const ConvBackwardParams& p, const ConvBlock& block, f
   });
 }
 
-void conv_weight_taps(int64_t tile, const float* tiles, int64_t count, int64_t stride,
-                      float* taps) {
+void conv_weight_taps(int64_t tile, const float* tiles, int64_t product_stride, int64_t count,
+                      int64_t stride, float* taps) {
   if (tile == 2)
-    winograd_weight_taps<2>(tiles, count, stride, taps);
+    winograd_weight_taps<2>(tiles, product_stride, count, stride, taps);
   else
-    winograd_weight_taps<4>(tiles, count, stride, taps);
+    winograd_weight_taps<4>(tiles, product_stride, count, stride, taps);
 }

@@ -80,14 +80,15 @@ struct KernelTable {
                               const float* weight, Range rows, Range in_blocks, double* sums);
 
   // The block's share of the gradient of the weight, or that added to dweight [out_blocks, met,
-  // products, 32, 32]; met: some of the blocks of input channels that met_by_output counts.
+  // products, 32, 32], with tiles [products, out_blocks, met, 32, 32]; met: some of the blocks of
+  // input channels that met_by_output counts.
   void (*conv_weight_gradient)(const ConvBackwardParams& p, const ConvBlock& block, float* staged,
                                Range out_blocks, Range met, bool add, float* dweight);
 
-  // The sum of `count` gradients of a plan with tiles, [products, 32, 32] and `stride` floats
-  // apart, as [9, 32, 32].
-  void (*conv_weight_taps)(int64_t tile, const float* tiles, int64_t count, int64_t stride,
-                           float* taps);
+  // The sum of `count` gradients of a plan with tiles, `stride` floats apart, each `products` times
+  // [32, 32], `product_stride` floats apart, as [9, 32, 32].
+  void (*conv_weight_taps)(int64_t tile, const float* tiles, int64_t product_stride, int64_t count,
+                           int64_t stride, float* taps);
 
   // Rows [begin, end) of the pooled output, of all images together.
   void (*max_pool_forward)(const MaxPoolForwardParams& p, int64_t begin, int64_t end);

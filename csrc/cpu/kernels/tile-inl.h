@@ -82,6 +82,7 @@ struct Pixels {
   int64_t panel_stride;
   const int64_t* distances;
   int64_t taps, chunks;
+  bool far = false;  // beyond the second-level cache, so that lines are asked for two panels ahead
 };
 
 // Weights are asked for so many floats ahead: those of many channels come from the third-level
@@ -97,7 +98,9 @@ inline void multiply_rows(const Pixels& a, const float* b, float* c) {
     for (int v = 0; v < kProductVecs; ++v) sums[r][v] = broadcast(0.0f);
   for (int64_t tap = 0; tap < a.taps; ++tap) {
     const float* lines = a.first + a.distances[tap];
-    for (int64_t chunk = 0; chunk < a.chunks; ++chunk, lines += a.panel_stride)
+    for (int64_t chunk = 0; chunk < a.chunks; ++chunk, lines += a.panel_stride) {
+      if (a.far)
+        for (int r = 0; r < rows; ++r) __builtin_prefetch(lines + 2 * a.panel_stride + r * kLine);
       for (int k = 0; k < kLine; ++k, b += kChannelBlock) {
         Vec columns[kProductVecs];
 #pragma GCC unroll 4
@@ -113,6 +116,7 @@ inline void multiply_rows(const Pixels& a, const float* b, float* c) {
             sums[r][v] = Element::dot(value, columns[v], sums[r][v]);
         }
       }
+    }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
@@ -169,6 +173,10 @@ inline void outer_product(const Lines& a, const Lines& b, int64_t count, bool ad
 #pragma GCC unroll 4
         for (int v = 0; v < kProductVecs; ++v)
           sums[r][v] = add ? load(tile + r * kChannelBlock + v * kWidth, Full{}) : broadcast(0.0f);
+      // What comes two turns later, of this tile or the one behind it.
+      for (int r = 2 * kOuterRows; r < 3 * kOuterRows; ++r)
+        for (int v = 0; v < kProductVecs; ++v)
+          __builtin_prefetch(tile + r * kChannelBlock + v * kWidth, 1);
       for (int64_t i = 0; i < count; ++i) {
         Vec columns[kProductVecs];
 #pragma GCC unroll 4

@@ -114,9 +114,10 @@ struct Products {
   void multiply_tiles(const Positions& a, int64_t chunks, const float* weight,
                       int64_t weight_position, int64_t first, int64_t count) {
     const int64_t no_distance = 0;
+    const bool far = a.panel_stride > 2 * kBlockTiles * kLine;
     for (int64_t p = 0; p < kSide * kSide; ++p) {
       const float* lines = a.lines + p * a.position_stride + first * kLine;
-      multiply<Single>(Pixels{lines, a.panel_stride, &no_distance, 1, chunks},
+      multiply<Single>(Pixels{lines, a.panel_stride, &no_distance, 1, chunks, far},
                        weight + p * weight_position, values + p * kPosition, count);
     }
   }
@@ -276,6 +277,7 @@ void winograd_weight_gradient(const ConvBackwardParams& p, const ConvBlock& bloc
   const WinogradBackward staged(plan, memory);
   const int64_t tiles = block.images * block.rows * plan.grid_width;
   const int64_t met_count = met.end - met.begin;
+  const int64_t pairs = (out_blocks.end - out_blocks.begin) * met_count;
   const auto at = [](const Positions& of, int64_t position, int64_t channel_block) {
     return Lines{of.lines + position * of.position_stride + 2 * channel_block * of.panel_stride,
                  of.panel_stride};
@@ -285,7 +287,7 @@ void winograd_weight_gradient(const ConvBackwardParams& p, const ConvBlock& bloc
       for (int64_t c = met.begin; c < met.end; ++c) {
         const int64_t pair = (n - out_blocks.begin) * met_count + c - met.begin;
         outer_product<Single>(at(staged.left, position, n), at(staged.right, position, c), tiles,
-                              add, dweight + (pair * kPositions + position) * kTile);
+                              add, dweight + (position * pairs + pair) * kTile);
       }
 }
 
@@ -320,16 +322,18 @@ void winograd_pack(const ConvWeight& weight, const ConvPlan& plan, bool transpos
   }
 }
 
-// The sum of `count` gradients [position][32][32], `stride` floats apart, as one [tap][32][32].
+// The sum of `count` gradients [position][32][32], `stride` floats apart, and their positions
+// `position_stride`, as one [tap][32][32].
 template <int tile>
-void winograd_weight_taps(const float* tiles, int64_t count, int64_t stride, float* taps) {
+void winograd_weight_taps(const float* tiles, int64_t position_stride, int64_t count,
+                          int64_t stride, float* taps) {
   constexpr int kSide = Winograd<tile>::kSide;
   constexpr int64_t kTile = kChannelBlock * kChannelBlock;
   for (int64_t at = 0; at < kTile; at += kWidth)
     transform<kSide, 3>(
         [](const auto& in, auto& out) { Winograd<tile>::weight_gradient(in, out); },
         [&](int i, int j) {
-          const float* first = tiles + (i * kSide + j) * kTile + at;
+          const float* first = tiles + (i * kSide + j) * position_stride + at;
           Vec sum = load(first, Full{});
           for (int64_t k = 1; k < count; ++k) sum = sum + load(first + k * stride, Full{});
           return sum;
