@@ -41,7 +41,7 @@ TILED_SHAPES = {
     "smallest_maps": (64, 64, 2, 2, 32),
     "two_rows": (20, 32, 2, 40, 64),
     # Shared out by channels, the weight's gradient some blocks at a time.
-    "more_weights_than_pixels": (48, 288, 4, 4, 320),
+    "more_weights_than_pixels": (34, 288, 4, 4, 64),
 }
 # kernel, stride, padding, dilation, groups
 GEOMETRIES = {
