@@ -5,6 +5,7 @@ with torch's own error as the yardstick."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -65,6 +66,14 @@ GROUPS = {
 
 
 pytestmark = pytest.mark.usefixtures("convolutions_at_every_level")
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets how many threads torch computes with, until the test's end."""
+    count = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(count)
 
 
 def channels_last(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -203,6 +212,30 @@ def test_minimal_filtering_of_what_cancels(dtype):
     peer = reference.conv_stats(x, weight, padding=1)[0]
     exact = reference.conv_stats(x.double(), weight.double(), padding=1)[0]
     assert_no_worse(ours, peer, exact, "y", exact.abs().max().item())
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 64, 9, 7, 64), (40, 96, 7, 7, 32), (360, 256, 4, 4, 256)],
+    ids=["few_rows", "rows_and_channels", "several_shared_blocks"],
+)
+def test_threads_share_alike(shape, kernel, threads):
+    """However many threads share a convolution, by blocks or by channels, in one or several blocks
+    of pixels that they stage together: the same numbers, but for the order of sums."""
+    batch, channels, height, width, out_channels = shape
+    x = normalized(channels_last(batch, channels, height, width, dtype=torch.float32))
+    weight = torch.randn(out_channels, channels, kernel, kernel) / (channels * kernel**2) ** 0.5
+    grad = channels_last(batch, out_channels, height, width, dtype=torch.float32)
+    arguments = (x, weight, grad, None, torch.ones(out_channels), None, None)
+    found = []
+    for count in (1, 3, 20):
+        threads(count)
+        found.append(run(ops, *arguments, (1, kernel // 2, 1, 1)))
+    for other in found[1:]:
+        for name, value in found[0].items():
+            scale = value.abs().max().item()
+            torch.testing.assert_close(other[name], value, rtol=0, atol=2e-5 * scale, msg=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

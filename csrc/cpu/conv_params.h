@@ -11,6 +11,9 @@ namespace fastresnet::cpu {
 // Convolutions work on channels in blocks of this many, zeros filled in where there are fewer.
 constexpr int64_t kChannelBlock = 32;
 
+// Of a staged line, and of a processor's cache.
+constexpr int64_t kLineBytes = 64;
+
 // Tiles whose products are computed before they are transformed back: few enough for the products
 // to stay in the second-level cache, and a multiple of the rows that registers hold.
 constexpr int64_t kBlockTiles = 42;

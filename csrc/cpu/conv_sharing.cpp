@@ -1,0 +1,353 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/conv_sharing.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "batch_norm.h"
+#include "cpu/isa.h"
+#include "cpu/scratch.h"
+
+namespace fastresnet::cpu {
+namespace {
+
+// What all threads stage together at a time: it is read once for every block of channels, and lies
+// in a third-level cache at best.
+constexpr int64_t kSharedBytes = 64 << 20;
+
+int64_t threads() { return torch::stable::get_num_threads(); }
+
+// body(part) for every part, which must not throw.
+template <class Body>
+void parallel(int64_t parts, Body body) {
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) body(i);
+  });
+}
+
+// body(panels) on every thread, for its share of the panels.
+template <class Body>
+void parallel_panels(int64_t panels, Body body) {
+  torch::stable::parallel_for(0, panels, 1,
+                              [&](int64_t first, int64_t last) { body(Range{first, last}); });
+}
+
+// Staged pixels of a block share the second-level cache with weights, results and their sources.
+int64_t second_level_cache() {
+  static const int64_t bytes = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 512 * 1024);
+  return bytes;
+}
+
+// Bytes of what is staged for a pixel of so many channels, or for a tile of pixels.
+int64_t staged_bytes(int64_t channels, int64_t tile, DType dtype) {
+  const int64_t lines = padded(channels) / kernels().conv_line_channels(tile, dtype);
+  return lines * kLineBytes * (tile > 1 ? (tile + 2) * (tile + 2) : 1);
+}
+
+// The same of the input, on a place of the grid: a pixel of each phase that is read.
+int64_t input_bytes(const ConvShape& s, int64_t tile, DType dtype) {
+  const int64_t phases = std::min(s.stride * s.stride, s.kernel_height * s.kernel_width);
+  return phases * staged_bytes(s.channels, tile, dtype);
+}
+
+// Without a halo, small blocks cost nothing and leave the cache to the weights. Tiles are so large
+// when staged that a block is best no larger than what is multiplied at a time.
+ConvPlan plan_blocks(const ConvShape& s, int64_t tile, int64_t place_bytes) {
+  if (tile > 1) return ConvPlan(s, tile, 1, kBlockTiles, threads());
+  const bool pointwise = s.kernel_height * s.kernel_width == 1 && s.stride == 1;
+  return ConvPlan(s, 1, place_bytes, second_level_cache() / (pointwise ? 16 : 4), threads());
+}
+
+ConvPlan plan_shared(const ConvShape& s, int64_t tile, int64_t place_bytes) {
+  return ConvPlan(s, tile, place_bytes, kSharedBytes, 1);
+}
+
+// Places of the grid of all images, halo included.
+int64_t places(const ConvPlan& plan) {
+  return plan.shape.batch * (plan.grid_height + plan.halo) * plan.pitch;
+}
+
+// Staged pixels of a block of a thread's own, and of those that all threads work on.
+float* own_staged(int64_t floats) {
+  static thread_local Scratch scratch;
+  return scratch.floats(floats);
+}
+float* shared_staged(int64_t floats) {
+  static thread_local Scratch scratch;
+  return scratch.floats(floats);
+}
+// A block of the weight, packed by the thread that multiplies with it.
+float* own_weight(const WeightPacking& weight) {
+  static thread_local Scratch scratch;
+  return scratch.floats(weight.block_floats());
+}
+// A thread's window on what it stages.
+float* own_window(const ConvPlan& plan) {
+  static thread_local Scratch scratch;
+  if (plan.tile == 1) return nullptr;
+  return scratch.floats(plan.window_rows(plan.rows) * plan.window_pitch() * kLineBytes /
+                        int64_t{sizeof(float)});
+}
+// Gradients of a weight still to be added up, of all threads and of one.
+float* shared_gradients(int64_t floats) {
+  static thread_local Scratch scratch;
+  return scratch.floats(floats);
+}
+float* own_gradients(int64_t floats) {
+  static thread_local Scratch scratch;
+  return scratch.floats(floats);
+}
+
+// The parts of a block that is shared out by channels.
+struct Share {
+  int64_t groups;  // of rows
+  int64_t blocks;  // of channels
+  Range whole_rows;
+
+  Share(const ConvBlock& block, int64_t channels)
+      : groups(1), blocks(channel_blocks(channels)), whole_rows{0, block.images * block.rows} {
+    groups = std::min((threads() + blocks - 1) / blocks, whole_rows.end);
+  }
+  int64_t parts() const { return groups * blocks; }
+  int64_t group(int64_t part) const { return part / blocks; }
+  Range rows(int64_t part) const { return rows_of_group(group(part)); }
+  Range rows_of_group(int64_t group) const {
+    return {whole_rows.end * group / groups, whole_rows.end * (group + 1) / groups};
+  }
+  Range channel_block(int64_t part) const { return {part % blocks, part % blocks + 1}; }
+};
+
+// The weight as the parts of a convolution that is shared out by channels multiply with it: each
+// part packs the block of its own, or, where that would be done for several blocks of pixels, all
+// are packed before.
+class PartWeight {
+ public:
+  PartWeight(const WeightPacking& weight, const ConvPlan& plan)
+      : weight_(weight), packed_(plan.blocks > 1 ? weight.pack_all() : nullptr) {}
+
+  const float* block(int64_t channel_block) const {
+    if (packed_) return packed_ + channel_block * weight_.block_floats();
+    float* own = own_weight(weight_);
+    weight_.pack(channel_block, own);
+    return own;
+  }
+
+ private:
+  const WeightPacking& weight_;
+  const float* packed_;
+};
+
+OutputMoments forward_by_blocks(const ConvForwardParams& p, const WeightPacking& weight) {
+  const ConvPlan& plan = *p.plan;
+  const KernelTable& table = kernels();
+  const int64_t parts = std::min(threads(), plan.blocks);
+  const int64_t panels = padded(plan.shape.channels) / table.conv_line_channels(plan.tile, p.dtype);
+  const int64_t out_blocks = channel_blocks(plan.shape.out_channels);
+  const int64_t floats = table.conv_staged_floats(plan, p.dtype);
+  OutputMoments moments(parts, plan.shape.out_channels);
+  const float* packed = weight.pack_all();
+  parallel(parts, [&](int64_t part) {
+    float *staged = own_staged(floats), *window = own_window(plan);
+    for (int64_t i = plan.blocks * part / parts; i < plan.blocks * (part + 1) / parts; ++i) {
+      const ConvBlock block = plan.block(i);
+      const Range rows{0, block.images * block.rows};
+      const int64_t outputs = plan.outputs(block, rows);
+      if (outputs == 0) continue;
+      table.conv_stage(p, block, {0, panels}, staged, window);
+      table.conv_forward(p, block, staged, packed, rows, {0, out_blocks}, moments.of(part));
+      moments.count(part, outputs);
+    }
+  });
+  return moments;
+}
+
+OutputMoments forward_by_channels(const ConvForwardParams& p, const WeightPacking& weight) {
+  const ConvPlan& plan = *p.plan;
+  const KernelTable& table = kernels();
+  const int64_t panels = padded(plan.shape.channels) / table.conv_line_channels(plan.tile, p.dtype);
+  const int64_t out_channels = plan.shape.out_channels;
+  float* staged = shared_staged(table.conv_staged_floats(plan, p.dtype));
+  const PartWeight packed(weight, plan);
+  OutputMoments moments(Share(plan.block(0), out_channels).groups, out_channels);
+  for (int64_t i = 0; i < plan.blocks; ++i) {
+    const ConvBlock block = plan.block(i);
+    parallel_panels(
+        panels, [&](Range range) { table.conv_stage(p, block, range, staged, own_window(plan)); });
+    const Share share(block, out_channels);
+    parallel(share.parts(), [&](int64_t part) {
+      const Range channels = share.channel_block(part);
+      table.conv_forward(p, block, staged, packed.block(channels.begin), share.rows(part), channels,
+                         moments.of(share.group(part)));
+    });
+    for (int64_t group = 0; group < share.groups; ++group)
+      moments.count(group, plan.outputs(block, share.rows_of_group(group)));
+  }
+  return moments;
+}
+
+int64_t backward_panels(const ConvBackwardParams& p) {
+  const ConvShape& s = p.plan->shape;
+  return (padded(s.out_channels) + padded(s.channels)) /
+         kernels().conv_line_channels(p.plan->tile, p.dtype);
+}
+
+std::vector<double> backward_by_blocks(const ConvBackwardParams& p, const WeightPacking& weight,
+                                       WeightGradient& dweight) {
+  const ConvPlan& plan = *p.plan;
+  const ConvShape& s = plan.shape;
+  const KernelTable& table = kernels();
+  const int64_t parts = std::min(threads(), plan.blocks), panels = backward_panels(p);
+  const int64_t out_blocks = channel_blocks(s.out_channels), in_blocks = channel_blocks(s.channels);
+  const int64_t met = met_by_output(s, 0).count, pairs = out_blocks * met;
+  const int64_t floats = table.conv_backward_staged_floats(plan, p.dtype);
+  const int64_t share = padded_size(plan);
+  float* shares = shared_gradients(parts * share);
+  std::vector<double> sums(parts * 2 * s.channels);
+  const float* packed = p.dx ? weight.pack_all() : nullptr;
+  parallel(parts, [&](int64_t part) {
+    float *staged = own_staged(floats), *window = own_window(plan);
+    const int64_t first = plan.blocks * part / parts;
+    for (int64_t i = first; i < plan.blocks * (part + 1) / parts; ++i) {
+      const ConvBlock block = plan.block(i);
+      table.conv_backward_stage(p, block, {0, panels}, staged, window);
+      if (p.dx)
+        table.conv_input_gradient(p, block, staged, packed, {0, block.images * block.rows},
+                                  {0, in_blocks}, &sums[part * 2 * s.channels]);
+      table.conv_weight_gradient(p, block, staged, {0, out_blocks}, {0, met}, i > first,
+                                 shares + part * share);
+    }
+  });
+  parallel(pairs,
+           [&](int64_t i) { dweight.store(i / met, i % met, shares, i, pairs, parts, share); });
+  return sums;
+}
+
+std::vector<double> backward_by_channels(const ConvBackwardParams& p, const WeightPacking& weight,
+                                         WeightGradient& dweight) {
+  const ConvPlan& plan = *p.plan;
+  const ConvShape& s = plan.shape;
+  const KernelTable& table = kernels();
+  const int64_t out_blocks = channel_blocks(s.out_channels), met = met_by_output(s, 0).count;
+  const int64_t pair_floats = padded_size(plan) / (out_blocks * met);
+  // With tiles, a thread takes the blocks of some input channels together, so that what is staged
+  // is read less often.
+  const int64_t spare = plan.tile > 1 ? out_blocks * met / threads() : 1;
+  const int64_t together = std::clamp<int64_t>(spare, 1, std::min<int64_t>(8, met));
+  const int64_t met_parts = (met + together - 1) / together;
+  float* staged = shared_staged(table.conv_backward_staged_floats(plan, p.dtype));
+  // Added up over the blocks, if there are several.
+  float* total = plan.blocks > 1 ? shared_gradients(padded_size(plan)) : nullptr;
+  const PartWeight packed(weight, plan);
+  std::vector<double> sums(Share(plan.block(0), s.channels).groups * 2 * s.channels);
+  for (int64_t i = 0; i < plan.blocks; ++i) {
+    const ConvBlock block = plan.block(i);
+    parallel_panels(backward_panels(p), [&](Range range) {
+      table.conv_backward_stage(p, block, range, staged, own_window(plan));
+    });
+    const Share share(block, s.channels);
+    if (p.dx)
+      parallel(share.parts(), [&](int64_t part) {
+        const Range channels = share.channel_block(part);
+        table.conv_input_gradient(p, block, staged, packed.block(channels.begin), share.rows(part),
+                                  channels, &sums[share.group(part) * 2 * s.channels]);
+      });
+    parallel(out_blocks * met_parts, [&](int64_t part) {
+      const int64_t n = part / met_parts, first = part % met_parts * together;
+      const Range range{first, std::min(met, first + together)};
+      float* gradients =
+          total ? total + (n * met + first) * pair_floats : own_gradients(together * pair_floats);
+      table.conv_weight_gradient(p, block, staged, {n, n + 1}, range, i > 0, gradients);
+      if (i + 1 < plan.blocks) return;
+      for (int64_t c = range.begin; c < range.end; ++c)
+        dweight.store(n, c, gradients, c - first, range.end - first, 1, 0);
+    });
+  }
+  return sums;
+}
+
+}  // namespace
+
+// By what the products cost: (tile + 2)^2 of them for the tiles, of single floats, against 9 for
+// the pixels and the padding between rows, of as many values as a line holds. Packing a product's
+// weights costs what so many rows of it would.
+int64_t choose_tile(const ConvShape& s, DType dtype) {
+  constexpr int64_t kPacking = 40;
+  const bool possible = s.kernel_height == 3 && s.kernel_width == 3 && s.stride == 1 &&
+                        s.padding == 1 && s.dilation == 1 && s.groups == 1;
+  if (!possible) return 1;
+  const KernelTable& table = kernels();
+  const auto cost = [&](int64_t tile) {
+    const int64_t height = (s.height + tile - 1) / tile, width = (s.width + tile - 1) / tile;
+    const int64_t products = tile > 1 ? (tile + 2) * (tile + 2) : 9;
+    const int64_t rows = s.batch * height * (tile > 1 ? width : width + 1);
+    return static_cast<double>(products * (rows + kPacking)) /
+           static_cast<double>(table.conv_line_channels(tile, dtype));
+  };
+  int64_t best = 1;
+  for (int64_t tile = 2; tile <= table.conv_largest_tile(dtype); tile *= 2)
+    if (cost(tile) < cost(best)) best = tile;
+  return best;
+}
+
+Sharing share_forward(const ConvShape& s, DType dtype) {
+  const int64_t tile = choose_tile(s, dtype), place_bytes = input_bytes(s, tile, dtype);
+  const ConvPlan shared = plan_shared(s, tile, place_bytes);
+  const int64_t line_channels = kernels().conv_line_channels(tile, dtype);
+  const int64_t weight_bytes = padded_size(shared) / line_channels * kLineBytes;
+  const bool by_channels = threads() * weight_bytes > 2 * places(shared) * place_bytes;
+  return {by_channels, by_channels ? shared : plan_blocks(s, tile, place_bytes)};
+}
+
+Sharing share_backward(const ConvShape& s, DType dtype) {
+  const int64_t tile = choose_tile(s, dtype);
+  const int64_t place_bytes =
+      input_bytes(s, tile, dtype) + (tile > 1 ? 2 : 1) * staged_bytes(s.out_channels, tile, dtype);
+  const ConvPlan shared = plan_shared(s, tile, place_bytes);
+  const int64_t gradient_bytes = padded_size(shared) * int64_t{sizeof(float)};
+  // Pairs of pixels are staged beside the pixels where the processor multiplies pairs.
+  const int64_t copies = kernels().conv_line_channels(tile, dtype) > 16 ? 2 : 1;
+  const bool by_channels = threads() * gradient_bytes > copies * places(shared) * place_bytes;
+  return {by_channels, by_channels ? shared : plan_blocks(s, tile, place_bytes)};
+}
+
+OutputMoments::OutputMoments(int64_t groups, int64_t channels)
+    : channels_(channels),
+      shift_(groups * channels),
+      sums_(groups * 2 * channels),
+      counts_(groups) {}
+
+ConvMoments OutputMoments::of(int64_t group) {
+  double* sums = &sums_[group * 2 * channels_];
+  return {counts_[group] == 0, &shift_[group * channels_], sums, sums + channels_};
+}
+
+void OutputMoments::merge(float* mean, float* var) const {
+  for (int64_t c = 0; c < channels_; ++c) {
+    Moments<double> total{0, 0, 0};
+    for (size_t group = 0; group < counts_.size(); ++group) {
+      if (counts_[group] == 0) continue;
+      const double* sums = &sums_[group * 2 * channels_];
+      const double offset = sums[c] / counts_[group];
+      const double m2 = std::max(0.0, sums[channels_ + c] - offset * sums[c]);
+      const double of_group = shift_[group * channels_ + c] + offset;
+      total = fastresnet::merge(total, {counts_[group], of_group, m2});
+    }
+    mean[c] = static_cast<float>(total.mean);
+    var[c] = static_cast<float>(total.biased_variance());
+  }
+}
+
+OutputMoments forward(const ConvForwardParams& p, const Sharing& sharing,
+                      const WeightPacking& weight) {
+  return sharing.by_channels ? forward_by_channels(p, weight) : forward_by_blocks(p, weight);
+}
+
+std::vector<double> backward(const ConvBackwardParams& p, const Sharing& sharing,
+                             const WeightPacking& weight, WeightGradient& dweight) {
+  return sharing.by_channels ? backward_by_channels(p, weight, dweight)
+                             : backward_by_blocks(p, weight, dweight);
+}
+
+}  // namespace fastresnet::cpu

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a convolution is shared out between threads, in one of two ways.
+//
+// By blocks: each thread stages blocks of pixels of its own in its second-level cache, and reads
+// the whole weight for each. By channels: all threads stage the pixels together, then each takes
+// some channels of the result, so that every weight is read, and every gradient of a weight
+// written, once. That is the better way where there are more weights than pixels. Where there are
+// fewer blocks of channels than threads, they share out the pixels too.
+#pragma once
+
+#include <vector>
+
+#include "cpu/conv_params.h"
+#include "cpu/conv_weight.h"
+
+namespace fastresnet::cpu {
+
+// Outputs a side of a convolution that are computed together: ConvPlan::tile.
+int64_t choose_tile(const ConvShape& s, DType dtype);
+
+struct Sharing {
+  bool by_channels;
+  ConvPlan plan;
+};
+Sharing share_forward(const ConvShape& s, DType dtype);
+Sharing share_backward(const ConvShape& s, DType dtype);
+
+// Moments of y, group by group of its rows.
+class OutputMoments {
+ public:
+  OutputMoments(int64_t groups, int64_t channels);
+
+  ConvMoments of(int64_t group);
+  void count(int64_t group, int64_t outputs) { counts_[group] += static_cast<double>(outputs); }
+
+  // Mean and biased variance of each channel.
+  void merge(float* mean, float* var) const;
+
+ private:
+  int64_t channels_;
+  std::vector<float> shift_;
+  std::vector<double> sums_, counts_;
+};
+
+// Computes y.
+OutputMoments forward(const ConvForwardParams& p, const Sharing& sharing,
+                      const WeightPacking& weight);
+
+// Computes dx, if wanted, and fills dweight. Returns the sums of dx and of dx * (x - x_mean),
+// [groups, 2, channels], still to be added up.
+std::vector<double> backward(const ConvBackwardParams& p, const Sharing& sharing,
+                             const WeightPacking& weight, WeightGradient& dweight);
+
+}  // namespace fastresnet::cpu
