@@ -9,6 +9,7 @@ convolution and kernels of ours.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -22,7 +23,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 
 import fastresnet
@@ -31,6 +31,7 @@ from fastresnet import _extension
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 BATCH = 64
 DTYPES = ["bfloat16", "float16"]
+SMALL = {"cifar_resnet18": 32, "resnet18_truncated": 64}  # networks for images of that size
 
 pytestmark = pytest.mark.skipif(
     _extension.cuda_missing is not None, reason=str(_extension.cuda_missing)
@@ -127,6 +128,51 @@ for line in sys.stdin:
         print(str(error).splitlines()[0], flush=True)
 """
 
+# A convolution or the gradient of its input with nothing beside it. The package leaves those to
+# torch and has no operator for them, so its graphs are compiled into a library of this test's own.
+PLAIN = """
+#include <exception>
+#include <string>
+#include "cuda/cudnn_graph.h"
+using namespace fastresnet::cudnn;
+extern "C" const char* plain_plan(bool forward, bool bfloat16, const int64_t* x_size,
+                                  const int64_t* weight_size, int64_t stride, int64_t padding,
+                                  int64_t dilation, const char* device) {
+  static std::string answer;
+  try {
+    const DataType type = bfloat16 ? DataType::bfloat16 : DataType::float16;
+    Sizes sizes(x_size, x_size + 4), filter(weight_size, weight_size + 4);
+    Graph graph;
+    const Graph::TensorId x = graph.tensor(sizes, type), weight = graph.tensor(filter, type);
+    sizes[1] = filter[0];
+    for (int i : {2, 3})
+      sizes[i] = (sizes[i] + 2 * padding - dilation * (filter[i] - 1) - 1) / stride + 1;
+    const Graph::TensorId y = graph.tensor(sizes, type);
+    if (forward)
+      graph.convolution(x, weight, y, {stride, padding, dilation});
+    else
+      graph.convolution_backward_data(y, weight, x, {stride, padding, dilation});
+    graph.plan({nullptr, device});
+    answer = "plan";
+  } catch (const std::exception& error) {
+    answer = error.what();
+  }
+  return answer.c_str();
+}
+"""
+ASK_PLAIN = """
+import ctypes, json, sys, torch
+plan = ctypes.CDLL("./plain.so").plain_plan
+plan.restype = ctypes.c_char_p
+for line in sys.stdin:
+    graph, *sizes, stride, padding, dilation, _, dtype, device = json.loads(line)
+    arrays = [(ctypes.c_int64 * 4)(*size) for size in sizes]
+    numbers = map(ctypes.c_int64, (stride, padding, dilation))
+    kind = (ctypes.c_bool(graph == "conv"), ctypes.c_bool(dtype == "bfloat16"))
+    answer = plan(*kind, *arrays, *numbers, json.dumps(device).encode())
+    print(answer.decode().splitlines()[0], flush=True)
+"""
+
 
 class Problem(NamedTuple):
     """A graph and the convolution in it, as the operator ``conv_engine`` takes them."""
@@ -153,12 +199,24 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ask(driver: Path, problems: list[Problem], dtype: str, architecture: str) -> dict[Problem, str]:
+@pytest.fixture(scope="module")
+def plain(driver: Path) -> Path:
+    """The driver's folder, with the library that ASK_PLAIN loads."""
+    (driver / "plain.cpp").write_text(PLAIN)
+    sources = [str(CSRC / "cuda" / name) for name in ("cudnn_graph.cpp", "cudnn_api.cpp")]
+    command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{CSRC}", "plain.cpp", *sources, "-ldl"]
+    subprocess.run([*command, "-o", "plain.so"], cwd=driver, check=True)
+    return driver
+
+
+def ask(
+    driver: Path, problems: list[Problem], dtype: str, architecture: str, script: str = ASK
+) -> dict[Problem, str]:
     """Problem -> "plan", or why there is none."""
     device = COMMON | DEVICES[architecture]
     path = f"{driver}{os.pathsep}{os.environ.get('LD_LIBRARY_PATH', '')}"
     done = subprocess.run(
-        [sys.executable, "-c", ASK],
+        [sys.executable, "-c", script],
         input="\n".join(json.dumps([*problem, dtype, device]) for problem in problems),
         capture_output=True,
         text=True,
@@ -171,15 +229,15 @@ def ask(driver: Path, problems: list[Problem], dtype: str, architecture: str) ->
     return dict(zip(problems, answers, strict=True))
 
 
-def problems_of(name: str) -> Iterator[Problem]:
-    """The graphs of one network's training step, images of 224 x 224."""
+def problems_of(name: str, side: int = 224) -> Iterator[Problem]:
+    """The graphs of one network's training step, images of side x side."""
     with torch.device("meta"):
-        model = getattr(torchvision.models, name)()
+        model = fastresnet.models.revert(getattr(fastresnet.models, name)())
         seen: dict[nn.Module, tuple[int, ...]] = {}
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 module.register_forward_pre_hook(lambda m, x: seen.update({m: tuple(x[0].shape)}))
-        model(torch.empty(BATCH, 3, 224, 224))
+        model(torch.empty(BATCH, 3, side, side))
 
     def problem(graph: str, conv: nn.Conv2d) -> Problem:
         sides = (conv.stride[0], conv.padding[0], conv.dilation[0])
@@ -187,7 +245,7 @@ def problems_of(name: str) -> Iterator[Problem]:
 
     for conv in seen:
         yield problem("conv_sums", conv)
-    blocks = [block for i in range(1, 5) for block in getattr(model, f"layer{i}")]
+    blocks = [block for i in range(1, 5) for block in getattr(model, f"layer{i}").children()]
     for before, block in zip([None, *blocks], blocks, strict=False):
         if before is None:
             yield problem("conv_dgrad_add", block.conv1)
@@ -224,17 +282,74 @@ def test_plans_of_a_few_shapes(driver: Path, architecture: str) -> None:
     check_plans(ask(driver, [first, *others[index::3]], DTYPES[index % 2], architecture))
 
 
+@functools.cache
+def problems_of_every_network() -> list[Problem]:
+    """Those of the ten ResNets that torchvision has."""
+    names = [n for n in fastresnet.models.resnet.__all__ if n.startswith(("res", "wide"))]
+    assert len(names) == 10
+    return list(dict.fromkeys(p for name in names for p in problems_of(name)))
+
+
+@functools.cache
+def problems_of_small_images() -> list[Problem]:
+    return list(dict.fromkeys(p for name, side in SMALL.items() for p in problems_of(name, side)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("architecture", DEVICES)
+def test_plans_of_every_plain_convolution(plain: Path, architecture: str, dtype: str) -> None:
+    """What has no plan together with its neighbours has one by itself."""
+    every = problems_of_every_network() + problems_of_small_images()
+    convolutions = [p for p in every if p.graph == "conv_sums"]
+    assert any(p.groups > 1 and p.stride > 1 for p in convolutions)
+    problems = [p._replace(graph=graph) for graph in ("conv", "conv_dgrad") for p in convolutions]
+    answers = ask(plain, problems, dtype, architecture, ASK_PLAIN)
+    print(architecture, dtype, len(problems), "plain problems:", dict(Counter(answers.values())))
+    without = {problem: answer for problem, answer in answers.items() if answer != "plan"}
+    assert not without
+
+
+def test_a_plain_plan_is_for_a_device(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sm_75 multiplies in float16 and not in bfloat16, and that is what cuDNN answers."""
+    monkeypatch.setitem(DEVICES, "sm_75", DEVICES["sm_80"] | {"deviceVer": 750})
+    graphs = ("conv", "conv_dgrad")
+    problems = [Problem(graph, (2, 64, 8, 8), (64, 64, 3, 3), 1, 1, 1, 1) for graph in graphs]
+    for dtype, expected in (("float16", "plan"), ("bfloat16", "cuDNN has no plan for this graph")):
+        answers = ask(plain, problems, dtype, "sm_75", ASK_PLAIN)
+        assert all(answer.startswith(expected) for answer in answers.values()), answers
+
+
+def test_how_many_have_no_plan() -> None:
+    """The numbers in docs/cuda.md: of what the tests below hold against cuDNN's answers."""
+    small = problems_of_small_images()
+    assert (len(small), sum(map(is_missing, small))) == (34, 4)
+    problems = problems_of_every_network()
+    missing = [(p.graph, p.groups > 1) for p in problems if is_missing(p)]
+    assert (len(problems), len(missing)) == (158, 51)
+    assert Counter(missing) == {
+        ("conv_sums", True): 21,
+        ("bn_relu_conv_dgrad", True): 21,
+        ("bn_relu_conv_dgrad", False): 6,
+        ("bn_add_relu_conv_dgrad", False): 3,
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("architecture", DEVICES)
 def test_plans_of_every_convolution(driver: Path, architecture: str, dtype: str) -> None:
-    names = [n for n in fastresnet.models.resnet.__all__ if n.startswith(("res", "wide"))]
-    assert len(names) == 10
-    problems = list(dict.fromkeys(p for name in names for p in problems_of(name)))
+    problems = problems_of_every_network()
     answers = ask(driver, problems, dtype, architecture)
     counts = Counter((p.graph, answer == "plan") for p, answer in answers.items())
     print(architecture, dtype, len(problems), "problems:", dict(counts))
     check_plans(answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("architecture", DEVICES)
+def test_plans_for_small_images(driver: Path, architecture: str, dtype: str) -> None:
+    check_plans(ask(driver, problems_of_small_images(), dtype, architecture))
 
 
 def test_what_cannot_be_asked_is_refused() -> None:
