@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "batch_norm.h"
 #include "cpu/isa.h"
@@ -55,7 +56,7 @@ int64_t input_bytes(const ConvShape& s, int64_t tile, DType dtype) {
 // Without a halo, small blocks cost nothing and leave the cache to the weights. Tiles are so large
 // when staged that a block is best no larger than what is multiplied at a time.
 ConvPlan plan_blocks(const ConvShape& s, int64_t tile, int64_t place_bytes) {
-  if (tile > 1) return ConvPlan(s, tile, 1, kBlockTiles, threads());
+  if (tile > 1) return ConvPlan(s, tile, 1, tile == 2 ? 2 * kBlockTiles : kBlockTiles, threads());
   const bool pointwise = s.kernel_height * s.kernel_width == 1 && s.stride == 1;
   return ConvPlan(s, 1, place_bytes, second_level_cache() / (pointwise ? 16 : 4), threads());
 }
@@ -64,9 +65,9 @@ ConvPlan plan_shared(const ConvShape& s, int64_t tile, int64_t place_bytes) {
   return ConvPlan(s, tile, place_bytes, kSharedBytes, 1);
 }
 
-// Places of the grid of all images, halo included.
-int64_t places(const ConvPlan& plan) {
-  return plan.shape.batch * (plan.grid_height + plan.halo) * plan.pitch;
+// All pixels in one block.
+ConvPlan plan_whole(const ConvShape& s, int64_t tile, int64_t place_bytes) {
+  return ConvPlan(s, tile, place_bytes, std::numeric_limits<int64_t>::max() / 2, 1);
 }
 
 // Staged pixels of a block of a thread's own, and of those that all threads work on.
@@ -292,24 +293,24 @@ int64_t choose_tile(const ConvShape& s, DType dtype) {
 }
 
 Sharing share_forward(const ConvShape& s, DType dtype) {
+  const KernelTable& table = kernels();
   const int64_t tile = choose_tile(s, dtype), place_bytes = input_bytes(s, tile, dtype);
-  const ConvPlan shared = plan_shared(s, tile, place_bytes);
-  const int64_t line_channels = kernels().conv_line_channels(tile, dtype);
-  const int64_t weight_bytes = padded_size(shared) / line_channels * kLineBytes;
-  const bool by_channels = threads() * weight_bytes > 2 * places(shared) * place_bytes;
-  return {by_channels, by_channels ? shared : plan_blocks(s, tile, place_bytes)};
+  const ConvPlan whole = plan_whole(s, tile, place_bytes);
+  const int64_t weight_bytes =
+      padded_size(whole) / table.conv_line_channels(tile, dtype) * kLineBytes;
+  const int64_t staged_bytes = int64_t{sizeof(float)} * table.conv_staged_floats(whole, dtype);
+  if (threads() * weight_bytes > 2 * staged_bytes) return {true, plan_shared(s, tile, place_bytes)};
+  return {false, plan_blocks(s, tile, place_bytes)};
 }
 
 Sharing share_backward(const ConvShape& s, DType dtype) {
   const int64_t tile = choose_tile(s, dtype);
   const int64_t place_bytes =
       input_bytes(s, tile, dtype) + (tile > 1 ? 2 : 1) * staged_bytes(s.out_channels, tile, dtype);
-  const ConvPlan shared = plan_shared(s, tile, place_bytes);
-  const int64_t gradient_bytes = padded_size(shared) * int64_t{sizeof(float)};
-  // Pairs of pixels are staged beside the pixels where the processor multiplies pairs.
-  const int64_t copies = kernels().conv_line_channels(tile, dtype) > 16 ? 2 : 1;
-  const bool by_channels = threads() * gradient_bytes > copies * places(shared) * place_bytes;
-  return {by_channels, by_channels ? shared : plan_blocks(s, tile, place_bytes)};
+  const ConvPlan whole = plan_whole(s, tile, place_bytes);
+  if (threads() * padded_size(whole) > kernels().conv_backward_staged_floats(whole, dtype))
+    return {true, plan_shared(s, tile, place_bytes)};
+  return {false, plan_blocks(s, tile, place_bytes)};
 }
 
 OutputMoments::OutputMoments(int64_t groups, int64_t channels)

@@ -155,7 +155,8 @@ struct Lines {
   int64_t panel_stride;
 };
 
-// c[32, 32] = the sum over `count` lines of a's channels times b's, added to c if so wished.
+// c[32, 32] = the sum over `count` lines of a's channels times b's, added to c if so wished: a sum
+// of sums, which loses fewer bits than one over all lines of all blocks.
 template <class Element>
 inline void outer_product(const Lines& a, const Lines& b, int64_t count, bool add, float* c) {
   for (int64_t row = 0; row < kChannelBlock; row += kOuterRows)
@@ -171,10 +172,9 @@ inline void outer_product(const Lines& a, const Lines& b, int64_t count, bool ad
 #pragma GCC unroll 16
       for (int r = 0; r < kOuterRows; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < kProductVecs; ++v)
-          sums[r][v] = add ? load(tile + r * kChannelBlock + v * kWidth, Full{}) : broadcast(0.0f);
-      // What comes two turns later, of this tile or the one behind it.
-      for (int r = 2 * kOuterRows; r < 3 * kOuterRows; ++r)
+        for (int v = 0; v < kProductVecs; ++v) sums[r][v] = broadcast(0.0f);
+      // What is added to, of this turn and of the next.
+      for (int r = 0; add && r < 2 * kOuterRows; ++r)
         for (int v = 0; v < kProductVecs; ++v)
           __builtin_prefetch(tile + r * kChannelBlock + v * kWidth, 1);
       for (int64_t i = 0; i < count; ++i) {
@@ -192,7 +192,9 @@ inline void outer_product(const Lines& a, const Lines& b, int64_t count, bool ad
 #pragma GCC unroll 16
       for (int r = 0; r < kOuterRows; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < kProductVecs; ++v)
-          store(tile + r * kChannelBlock + v * kWidth, sums[r][v], Full{});
+        for (int v = 0; v < kProductVecs; ++v) {
+          float* to = tile + r * kChannelBlock + v * kWidth;
+          store(to, add ? load(to, Full{}) + sums[r][v] : sums[r][v], Full{});
+        }
     }
 }

@@ -286,8 +286,19 @@ void winograd_weight_gradient(const ConvBackwardParams& p, const ConvBlock& bloc
     for (int64_t n = out_blocks.begin; n < out_blocks.end; ++n)
       for (int64_t c = met.begin; c < met.end; ++c) {
         const int64_t pair = (n - out_blocks.begin) * met_count + c - met.begin;
-        outer_product<Single>(at(staged.left, position, n), at(staged.right, position, c), tiles,
-                              add, dweight + (position * pairs + pair) * kTile);
+        // Sums of sums of sums: in float32 a longer one would lose more bits than torch's.
+        constexpr int64_t kRun = tile == 2 ? kBlockTiles / 3 : kBlockTiles;
+        alignas(64) float sum[kTile];
+        for (int64_t first = 0; first < tiles; first += kRun) {
+          Lines left = at(staged.left, position, n), right = at(staged.right, position, c);
+          left.first += first * kLine, right.first += first * kLine;
+          outer_product<Single>(left, right, std::min(kRun, tiles - first), first > 0, sum);
+        }
+        float* to = dweight + (position * pairs + pair) * kTile;
+        for (int64_t k = 0; k < kTile; k += kWidth) {
+          const Vec value = load(sum + k, Full{});
+          store(to + k, add ? load(to + k, Full{}) + value : value, Full{});
+        }
       }
 }
 
