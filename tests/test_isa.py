@@ -52,9 +52,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         many = torch.randn(30, channels, 9, 7).to(dtype)
         many = many.contiguous(memory_format=torch.channels_last)
         # By the sum over taps, and (many tiles, stride 1) by minimal filtering.
-        for x, stride in ((x, 2), (many, 1)):
+        for x, stride, size in ((x, 2, 1.0), (many, 1, 0.25)):
             y, y_mean, y_var = conv(x, *prologue, weight, stride, 1, 1, 1)
-            y_grad, y_one = torch.full_like(y, 0.25), torch.ones(40)
+            y_grad, y_one = torch.full_like(y, size), torch.ones(40)
             sums, _ = torch.ops.fastresnet.bn_sums(y_grad, None, y, y_mean, None, None)
             dx, dweight, *_ = backward(
                 *(y_grad, None, sums, y, y_mean, y_var, y_one, 1e-5, False, x, *prologue, weight),

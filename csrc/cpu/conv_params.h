@@ -11,6 +11,9 @@ namespace fastresnet::cpu {
 // Convolutions work on channels in blocks of this many, zeros filled in where there are fewer.
 constexpr int64_t kChannelBlock = 32;
 
+// Values that a pair of blocks of channels has of a weight, at one tap or product.
+constexpr int64_t kPairSize = kChannelBlock * kChannelBlock;
+
 // Of a staged line, and of a processor's cache.
 constexpr int64_t kLineBytes = 64;
 

@@ -56,7 +56,7 @@ int64_t input_bytes(const ConvShape& s, int64_t tile, DType dtype) {
 // Without a halo, small blocks cost nothing and leave the cache to the weights. Tiles are so large
 // when staged that a block is best no larger than what is multiplied at a time.
 ConvPlan plan_blocks(const ConvShape& s, int64_t tile, int64_t place_bytes) {
-  if (tile > 1) return ConvPlan(s, tile, 1, tile == 2 ? 2 * kBlockTiles : kBlockTiles, threads());
+  if (tile > 1) return ConvPlan(s, tile, 1, kBlockTiles, threads());
   const bool pointwise = s.kernel_height * s.kernel_width == 1 && s.stride == 1;
   return ConvPlan(s, 1, place_bytes, second_level_cache() / (pointwise ? 16 : 4), threads());
 }
@@ -298,8 +298,8 @@ Sharing share_forward(const ConvShape& s, DType dtype) {
   const ConvPlan whole = plan_whole(s, tile, place_bytes);
   const int64_t weight_bytes =
       padded_size(whole) / table.conv_line_channels(tile, dtype) * kLineBytes;
-  const int64_t staged_bytes = int64_t{sizeof(float)} * table.conv_staged_floats(whole, dtype);
-  if (threads() * weight_bytes > 2 * staged_bytes) return {true, plan_shared(s, tile, place_bytes)};
+  const int64_t whole_bytes = int64_t{sizeof(float)} * table.conv_staged_floats(whole, dtype);
+  if (threads() * weight_bytes > 2 * whole_bytes) return {true, plan_shared(s, tile, place_bytes)};
   return {false, plan_blocks(s, tile, place_bytes)};
 }
 

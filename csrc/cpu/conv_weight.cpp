@@ -13,8 +13,6 @@
 namespace fastresnet::cpu {
 namespace {
 
-constexpr int64_t kTile = kChannelBlock * kChannelBlock;
-
 Tensor empty_like_weight(const Tensor& weight) {
   const bool nhwc = is_channels_last(weight) && !weight.is_contiguous();
   return new_result(weight.sizes(), weight.scalar_type(),
@@ -63,14 +61,14 @@ void WeightGradient::store(int64_t out_block, int64_t met, const float* gradient
                            int64_t pairs, int64_t count, int64_t stride) {
   const int64_t in_block = met_by_output(plan_.shape, out_block).first + met;
   const int64_t n0 = out_block * kChannelBlock, c0 = in_block * kChannelBlock;
-  float taps[9 * kTile];
+  float taps[9 * kPairSize];
   const float* tiles = taps;
   if (plan_.tile > 1) {
-    kernels().conv_weight_taps(plan_.tile, gradients + pair * kTile, pairs * kTile, count, stride,
-                               taps);
+    kernels().conv_weight_taps(plan_.tile, gradients + pair * kPairSize, pairs * kPairSize, count,
+                               stride, taps);
     count = 1;
   } else {
-    tiles = gradients + pair * plan_.products() * kTile;
+    tiles = gradients + pair * plan_.products() * kPairSize;
   }
   switch (dtype_) {
     case DType::bfloat16:
@@ -93,7 +91,7 @@ void WeightGradient::store_as(int64_t n0, int64_t c0, const float* tiles, int64_
     W* at_tap = static_cast<W*>(data_) + tap / s.kernel_width * strides_[2] +
                 tap % s.kernel_width * strides_[3];
     for (int64_t n = 0; n < rows; ++n) {
-      const float* row = tiles + t * kTile + n * kChannelBlock;
+      const float* row = tiles + t * kPairSize + n * kChannelBlock;
       float total[kChannelBlock];
       std::copy(row, row + kChannelBlock, total);
       for (int64_t i = 1; i < count; ++i)

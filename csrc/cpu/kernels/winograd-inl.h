@@ -272,7 +272,6 @@ template <int tile>
 void winograd_weight_gradient(const ConvBackwardParams& p, const ConvBlock& block, float* memory,
                               Range out_blocks, Range met, bool add, float* dweight) {
   constexpr int kPositions = Winograd<tile>::kSide * Winograd<tile>::kSide;
-  constexpr int64_t kTile = kChannelBlock * kChannelBlock;
   const ConvPlan& plan = *p.plan;
   const WinogradBackward staged(plan, memory);
   const int64_t tiles = block.images * block.rows * plan.grid_width;
@@ -286,27 +285,19 @@ void winograd_weight_gradient(const ConvBackwardParams& p, const ConvBlock& bloc
     for (int64_t n = out_blocks.begin; n < out_blocks.end; ++n)
       for (int64_t c = met.begin; c < met.end; ++c) {
         const int64_t pair = (n - out_blocks.begin) * met_count + c - met.begin;
-        // Sums of sums of sums: in float32 a longer one would lose more bits than torch's.
-        constexpr int64_t kRun = tile == 2 ? kBlockTiles / 3 : kBlockTiles;
-        alignas(64) float sum[kTile];
-        for (int64_t first = 0; first < tiles; first += kRun) {
+        for (int64_t first = 0; first < tiles; first += kBlockTiles) {
           Lines left = at(staged.left, position, n), right = at(staged.right, position, c);
           left.first += first * kLine, right.first += first * kLine;
-          outer_product<Single>(left, right, std::min(kRun, tiles - first), first > 0, sum);
-        }
-        float* to = dweight + (position * pairs + pair) * kTile;
-        for (int64_t k = 0; k < kTile; k += kWidth) {
-          const Vec value = load(sum + k, Full{});
-          store(to + k, add ? load(to + k, Full{}) + value : value, Full{});
+          outer_product<Single>(left, right, std::min(kBlockTiles, tiles - first), add || first > 0,
+                                dweight + (position * pairs + pair) * kPairSize);
         }
       }
 }
 
 // Weights ------------------------------------------------------------------------------------
 
-// A block of columns of the weight's transform, [position][chunk][16][32], a line between positions
-// for the odd number. Transposed, the kernel is
-// turned around: that is the gradient of the input.
+// A block of columns of the weight's transform, [position][chunk][16][32]. Transposed, the kernel
+// is turned around: that is the gradient of the input.
 template <int tile, class T, class W>
 void winograd_pack(const ConvWeight& weight, const ConvPlan& plan, bool transposed, int64_t block,
                    float* packed) {
@@ -339,15 +330,16 @@ template <int tile>
 void winograd_weight_taps(const float* tiles, int64_t position_stride, int64_t count,
                           int64_t stride, float* taps) {
   constexpr int kSide = Winograd<tile>::kSide;
-  constexpr int64_t kTile = kChannelBlock * kChannelBlock;
-  for (int64_t at = 0; at < kTile; at += kWidth)
-    transform<kSide, 3>(
-        [](const auto& in, auto& out) { Winograd<tile>::weight_gradient(in, out); },
-        [&](int i, int j) {
-          const float* first = tiles + (i * kSide + j) * position_stride + at;
-          Vec sum = load(first, Full{});
-          for (int64_t k = 1; k < count; ++k) sum = sum + load(first + k * stride, Full{});
-          return sum;
-        },
-        [&](int i, int j, Vec value) { store(taps + (i * 3 + j) * kTile + at, value, Full{}); });
+  for (int64_t at = 0; at < kPairSize; at += kWidth)
+    transform<kSide, 3>([](const auto& in, auto& out) { Winograd<tile>::weight_gradient(in, out); },
+                        [&](int i, int j) {
+                          const float* first = tiles + (i * kSide + j) * position_stride + at;
+                          Vec sum = load(first, Full{});
+                          for (int64_t k = 1; k < count; ++k)
+                            sum = sum + load(first + k * stride, Full{});
+                          return sum;
+                        },
+                        [&](int i, int j, Vec value) {
+                          store(taps + (i * 3 + j) * kPairSize + at, value, Full{});
+                        });
 }

@@ -8,9 +8,8 @@
 // with d the (tile + 2)^2 inputs, g the weight, y the outputs. The gradient of the weight is that
 // formula's, G^T [(A dy A^T) * (B^T d B)] G; that of the input is a convolution of the same kind.
 //
-// Winograd<tile> has the five matrices along one dimension. Of the two, F(2, 3) rounds no worse than
-// the sum over taps, its weight gradient about twice as badly; F(4, 3) loses some bits of float32,
-// which do not show in 16-bit results.
+// Winograd<tile> has the five matrices along one dimension. Of the two, F(2, 3) rounds no worse
+// than the sum over taps; F(4, 3) loses some bits of float32, which do not show in 16-bit results.
 
 template <int tile>
 struct Winograd;
