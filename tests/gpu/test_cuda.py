@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels on a GPU: what the emulator cannot show. Never run so far: there was no GPU."""
+"""The CUDA kernels on a GPU: what the emulator cannot show."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def forgetful(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", GRAPHS)
 @pytest.mark.parametrize("dtype", choice.DTYPES, ids=str)
 def test_graphs_come_to_what_their_parts_do(dtype: torch.dtype, case: str) -> None:
-    """Each is tried at first use, its result compared; only gradients of strided convolutions have
-    no plan."""
+    """Each is tried at first use, its result compared; only gradients of strided convolutions with
+    a ReLU or a join in front have no plan."""
     x_size, weight_size, stride = GRAPHS[case]
     geometry = Geometry(stride, weight_size[2] // 2)
     x, addend = (channels_last(*x_size, dtype=dtype) for _ in range(2))
@@ -128,7 +128,7 @@ def test_graphs_come_to_what_their_parts_do(dtype: torch.dtype, case: str) -> No
     (found,) = choice.choices().values()
     assert len(found) == 5
     for problem, chosen in found.items():
-        if stride > 1 and problem.startswith("dgrad"):
+        if stride > 1 and problem.startswith(("dgrad_bn_relu", "dgrad_join")):
             assert "no plan" in chosen.reason, (problem, chosen)
         else:
             assert chosen.reason.endswith("apart"), (problem, chosen)  # both were timed
