@@ -33,13 +33,19 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     # One kernel for all parameters' steps, on the CPU and on GPUs.
     match config.kind:
         case "sgd":
-            return torch.optim.SGD(
+            optimizer = torch.optim.SGD(
                 groups,
                 lr=config.lr,
                 momentum=config.momentum,
                 nesterov=config.nesterov,
                 fused=True,
             )
+            if config.momentum:
+                # torch leaves them uninitialised where a first step is not taken, as with
+                # float16's scaler while its scale is too large, and adds to them in the next.
+                for parameter in parameters:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            return optimizer
         case "adam":
             return torch.optim.Adam(groups, lr=config.lr, betas=config.betas, fused=True)
         case "adamw":
