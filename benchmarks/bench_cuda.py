@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training steps and inferences on a GPU, timed by CUDA events; images per second.
 
-Never run so far: there was no GPU. `FASTRESNET_REQUIRE_CUDA=1 pytest benchmarks/bench_cuda.py`
-fails without one, and does not skip. A network recorded in a CUDA graph keeps the memory of a step
-to itself, so large batches, which gain nothing from it, are not.
+Never run to an end so far. `FASTRESNET_REQUIRE_CUDA=1 pytest benchmarks/bench_cuda.py` fails
+without a GPU, and does not skip. A network recorded in a CUDA graph keeps the memory of a step to
+itself, so large batches are not.
 """
 
 from __future__ import annotations
