@@ -17,6 +17,7 @@ from torchvision.models import resnet
 
 import fastresnet
 from fastresnet import ops
+from fastresnet.memory import empty_images
 from fastresnet.nn import residual
 from fastresnet.ops import Normalized, reference
 
@@ -253,6 +254,31 @@ def test_threads_share_alike(shape, kernel, threads):
         for name, value in found[0].items():
             scale = value.abs().max().item()
             torch.testing.assert_close(other[name], value, rtol=0, atol=2e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("geometry", ["1x1", "3x3", "3x3/2", "1x1/2"])
+@pytest.mark.parametrize(
+    "shape",
+    [(7, 40, 13, 11, 72), (3, 160, 3, 4, 192), (34, 288, 4, 4, 64), (1, 32, 70, 65, 32)],
+    ids=["by_blocks", "by_channels", "several_shared_blocks", "blocks_of_rows"],
+)
+def test_memory_may_hold_anything_before(shape, geometry, dtype):
+    """Scratch memory is what results of before have left."""
+    batch, channels, height, width, out_channels = shape
+    kernel, *rest = GEOMETRIES[geometry]
+    x = normalized(channels_last(batch, channels, height, width, dtype=dtype))
+    weight = torch.randn(out_channels, channels, kernel, kernel) / (channels * kernel**2) ** 0.5
+    names = dict(zip(("stride", "padding", "dilation", "groups"), rest, strict=True))
+    y = ops.conv_stats(x, weight, **names)[0]
+    grad = torch.randn_like(y)
+    arguments = (x, weight, grad, None, torch.ones(out_channels), None, None, rest)
+    found = []
+    for left in (0.0, float("nan")):
+        empty_images(1, 256, (256, 256), dtype=torch.float32).fill_(left)
+        found.append(run(ops, *arguments))
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

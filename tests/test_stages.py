@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Joins whose output is handed out twice, and the chain of blocks that uses them."""
+"""Blocks chained: as one node each, and with joins whose output is handed out twice."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastresnet
 from fastresnet import ops
@@ -79,7 +80,7 @@ def test_two_gradients_are_the_sum(name: str) -> None:
     torch.library.opcheck(operator, (grad, other, *rest, True))
 
 
-# The chain, on the CPU, where it is not used by itself.
+# CUDA's chain, on the CPU.
 
 
 def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -93,9 +94,9 @@ def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 @pytest.fixture
 def chained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Chains on the CPU; the list holds the blocks that were run in one. Segments, which take the
-    place of most (tests/test_conv_graph.py), are left out."""
-    monkeypatch.setattr(stages, "_DEVICES", ("cpu",))
+    """CUDA's chain on the CPU; the list holds the blocks that were run in one. Segments, which take
+    the place of most (tests/test_conv_graph.py), are left out."""
+    monkeypatch.setitem(stages._CHAINS, "cpu", stages._run_forks)
     monkeypatch.setattr(stages, "run_segments", lambda *_: None)
     monkeypatch.setattr("fastresnet.nn.blocks.residual_block", lambda *_: None)
     seen: list[str] = []
@@ -121,7 +122,7 @@ def test_chain_trains_as_block_by_block(
     x = torch.randn(4, 3, 32, 32)
     ours = step(model, x)
     assert len(chained) == sum(len(getattr(model, f"layer{i}")) for i in range(1, 5))
-    monkeypatch.setattr(stages, "_DEVICES", ())
+    monkeypatch.delitem(stages._CHAINS, "cpu")
     expected = step(twin, x)
     assert len(chained) == 8 if name == "resnet18" else 16
     for key, value in expected.items():
@@ -170,6 +171,92 @@ def test_without_gradients_or_on_other_devices_stages_run_one_by_one(
     model = fastresnet.models.resnet18(num_classes=5)
     with torch.no_grad():
         model(torch.randn(2, 3, 32, 32))
-    monkeypatch.setattr(stages, "_DEVICES", ("cuda",))
+    monkeypatch.delitem(stages._CHAINS, "cpu")
     model(torch.randn(2, 3, 32, 32))
     assert chained == []
+
+
+# The CPU's chain: of every other block's input, what it is made of is saved.
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """What a training step saves for its backward, but for parameters."""
+    ours = {parameter.data_ptr() for parameter in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in ours:
+            sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(x).sum()
+    total = sum(sizes.values())
+    loss.backward()
+    return total
+
+
+@pytest.mark.usefixtures("convolutions_at_every_level")
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_inputs_computed_anew_change_no_bit(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, frozen: bool
+) -> None:
+    model = getattr(fastresnet.models, name)(num_classes=5).train(not frozen)
+    twin = copy.deepcopy(model)
+    x = channels_last(4, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours = step(model, x)
+        monkeypatch.delitem(stages._CHAINS, "cpu")
+        expected = step(twin, x)
+    for key, value in expected.items():
+        assert torch.equal(ours[key], value), key
+
+
+@pytest.mark.usefixtures("convolutions_at_every_level")
+def test_every_other_input_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fastresnet.models.resnet50(num_classes=5).to(memory_format=torch.channels_last)
+    x = channels_last(1, 3, 64, 64)
+    chained = saved_bytes(model, x)
+    monkeypatch.delitem(stages._CHAINS, "cpu")
+    block_by_block = saved_bytes(model, x)
+    # Of a stage's outputs the first and then every other, in stages of 3, 4, 6 and 3 blocks; the
+    # last stage's third is no block's input.
+    sizes = (256 * 16 * 16, 512 * 8 * 8, 1024 * 4 * 4, 2048 * 2 * 2)
+    values = sum(count * size for count, size in zip((2, 2, 3, 1), sizes, strict=True))
+    assert block_by_block - chained == 4 * values
+
+
+@pytest.mark.usefixtures("convolutions_at_every_level")
+def test_a_chain_is_checkpointed_as_one() -> None:
+    model = fastresnet.models.resnet18(num_classes=5).to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(model)
+    x = channels_last(2, 3, 64, 64)
+    expected = step(twin, x)
+    got = step(Checkpointed(model), x)
+    for key, value in expected.items():
+        if "running" not in key and "batches" not in key:  # a checkpoint's batch counts twice
+            assert torch.equal(got[f"model.{key}" if key not in ("out", "x") else key], value), key
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.model, x, use_reentrant=False)
+
+
+@pytest.mark.usefixtures("convolutions_at_every_level")
+def test_a_block_that_is_no_node_interrupts_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fastresnet.models.resnet18(num_classes=5).to(memory_format=torch.channels_last)
+    model.layer2[0].relu = nn.LeakyReLU()
+    twin = copy.deepcopy(model)
+    x = channels_last(2, 3, 64, 64)
+    ours = step(model, x)
+    monkeypatch.delitem(stages._CHAINS, "cpu")
+    expected = step(twin, x)
+    for key, value in expected.items():
+        assert torch.equal(ours[key], value), key

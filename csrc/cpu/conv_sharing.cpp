@@ -9,6 +9,7 @@
 
 #include "batch_norm.h"
 #include "cpu/isa.h"
+#include "cpu/result_memory.h"
 #include "cpu/scratch.h"
 
 namespace fastresnet::cpu {
@@ -70,12 +71,8 @@ ConvPlan plan_whole(const ConvShape& s, int64_t tile, int64_t place_bytes) {
   return ConvPlan(s, tile, place_bytes, std::numeric_limits<int64_t>::max() / 2, 1);
 }
 
-// Staged pixels of a block of a thread's own, and of those that all threads work on.
+// Staged pixels of a block of a thread's own.
 float* own_staged(int64_t floats) {
-  static thread_local Scratch scratch;
-  return scratch.floats(floats);
-}
-float* shared_staged(int64_t floats) {
   static thread_local Scratch scratch;
   return scratch.floats(floats);
 }
@@ -91,11 +88,7 @@ float* own_window(const ConvPlan& plan) {
   return scratch.floats(plan.window_rows(plan.rows) * plan.window_pitch() * kLineBytes /
                         int64_t{sizeof(float)});
 }
-// Gradients of a weight still to be added up, of all threads and of one.
-float* shared_gradients(int64_t floats) {
-  static thread_local Scratch scratch;
-  return scratch.floats(floats);
-}
+// Gradients of a weight.
 float* own_gradients(int64_t floats) {
   static thread_local Scratch scratch;
   return scratch.floats(floats);
@@ -126,10 +119,12 @@ struct Share {
 class PartWeight {
  public:
   PartWeight(const WeightPacking& weight, const ConvPlan& plan)
-      : weight_(weight), packed_(plan.blocks > 1 ? weight.pack_all() : nullptr) {}
+      : weight_(weight), packed_(plan.blocks > 1 ? weight.floats() : 0) {
+    if (packed_.floats()) weight.pack_all(packed_.floats());
+  }
 
   const float* block(int64_t channel_block) const {
-    if (packed_) return packed_ + channel_block * weight_.block_floats();
+    if (packed_.floats()) return packed_.floats() + channel_block * weight_.block_floats();
     float* own = own_weight(weight_);
     weight_.pack(channel_block, own);
     return own;
@@ -137,7 +132,7 @@ class PartWeight {
 
  private:
   const WeightPacking& weight_;
-  const float* packed_;
+  Temporary packed_;
 };
 
 OutputMoments forward_by_blocks(const ConvForwardParams& p, const WeightPacking& weight) {
@@ -148,7 +143,8 @@ OutputMoments forward_by_blocks(const ConvForwardParams& p, const WeightPacking&
   const int64_t out_blocks = channel_blocks(plan.shape.out_channels);
   const int64_t floats = table.conv_staged_floats(plan, p.dtype);
   OutputMoments moments(parts, plan.shape.out_channels);
-  const float* packed = weight.pack_all();
+  const Temporary packed(weight.floats());
+  weight.pack_all(packed.floats());
   parallel(parts, [&](int64_t part) {
     float *staged = own_staged(floats), *window = own_window(plan);
     for (int64_t i = plan.blocks * part / parts; i < plan.blocks * (part + 1) / parts; ++i) {
@@ -157,7 +153,8 @@ OutputMoments forward_by_blocks(const ConvForwardParams& p, const WeightPacking&
       const int64_t outputs = plan.outputs(block, rows);
       if (outputs == 0) continue;
       table.conv_stage(p, block, {0, panels}, staged, window);
-      table.conv_forward(p, block, staged, packed, rows, {0, out_blocks}, moments.of(part));
+      table.conv_forward(p, block, staged, packed.floats(), rows, {0, out_blocks},
+                         moments.of(part));
       moments.count(part, outputs);
     }
   });
@@ -169,7 +166,8 @@ OutputMoments forward_by_channels(const ConvForwardParams& p, const WeightPackin
   const KernelTable& table = kernels();
   const int64_t panels = padded(plan.shape.channels) / table.conv_line_channels(plan.tile, p.dtype);
   const int64_t out_channels = plan.shape.out_channels;
-  float* staged = shared_staged(table.conv_staged_floats(plan, p.dtype));
+  const Temporary memory(table.conv_staged_floats(plan, p.dtype));
+  float* staged = memory.floats();
   const PartWeight packed(weight, plan);
   OutputMoments moments(Share(plan.block(0), out_channels).groups, out_channels);
   for (int64_t i = 0; i < plan.blocks; ++i) {
@@ -204,9 +202,11 @@ std::vector<double> backward_by_blocks(const ConvBackwardParams& p, const Weight
   const int64_t met = met_by_output(s, 0).count, pairs = out_blocks * met;
   const int64_t floats = table.conv_backward_staged_floats(plan, p.dtype);
   const int64_t share = padded_size(plan);
-  float* shares = shared_gradients(parts * share);
+  const Temporary gradients(parts * share);
+  float* shares = gradients.floats();
   std::vector<double> sums(parts * 2 * s.channels);
-  const float* packed = p.dx ? weight.pack_all() : nullptr;
+  const Temporary packed(p.dx ? weight.floats() : 0);
+  if (p.dx) weight.pack_all(packed.floats());
   parallel(parts, [&](int64_t part) {
     float *staged = own_staged(floats), *window = own_window(plan);
     const int64_t first = plan.blocks * part / parts;
@@ -214,7 +214,7 @@ std::vector<double> backward_by_blocks(const ConvBackwardParams& p, const Weight
       const ConvBlock block = plan.block(i);
       table.conv_backward_stage(p, block, {0, panels}, staged, window);
       if (p.dx)
-        table.conv_input_gradient(p, block, staged, packed, {0, block.images * block.rows},
+        table.conv_input_gradient(p, block, staged, packed.floats(), {0, block.images * block.rows},
                                   {0, in_blocks}, &sums[part * 2 * s.channels]);
       table.conv_weight_gradient(p, block, staged, {0, out_blocks}, {0, met}, i > first,
                                  shares + part * share);
@@ -237,9 +237,11 @@ std::vector<double> backward_by_channels(const ConvBackwardParams& p, const Weig
   const int64_t spare = plan.tile > 1 ? out_blocks * met / threads() : 1;
   const int64_t together = std::clamp<int64_t>(spare, 1, std::min<int64_t>(8, met));
   const int64_t met_parts = (met + together - 1) / together;
-  float* staged = shared_staged(table.conv_backward_staged_floats(plan, p.dtype));
+  const Temporary memory(table.conv_backward_staged_floats(plan, p.dtype));
+  float* staged = memory.floats();
   // Added up over the blocks, if there are several.
-  float* total = plan.blocks > 1 ? shared_gradients(padded_size(plan)) : nullptr;
+  const Temporary totals(plan.blocks > 1 ? padded_size(plan) : 0);
+  float* total = totals.floats();
   const PartWeight packed(weight, plan);
   std::vector<double> sums(Share(plan.block(0), s.channels).groups * 2 * s.channels);
   for (int64_t i = 0; i < plan.blocks; ++i) {

@@ -8,7 +8,6 @@
 
 #include "cpu/isa.h"
 #include "cpu/result_memory.h"
-#include "cpu/scratch.h"
 
 namespace fastresnet::cpu {
 namespace {
@@ -41,13 +40,10 @@ void WeightPacking::pack(int64_t block, float* packed) const {
   kernels().conv_pack(weight_, plan_, dtype_, transposed_, block, packed);
 }
 
-const float* WeightPacking::pack_all() const {
-  static thread_local Scratch scratch;
-  float* packed = scratch.floats(blocks_ * block_floats_);
+void WeightPacking::pack_all(float* packed) const {
   torch::stable::parallel_for(0, blocks_, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) pack(i, packed + i * block_floats_);
   });
-  return packed;
 }
 
 WeightGradient::WeightGradient(const Tensor& weight, const ConvPlan& plan)

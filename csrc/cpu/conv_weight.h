@@ -22,9 +22,9 @@ class WeightPacking {
 
   int64_t block_floats() const { return block_floats_; }
   void pack(int64_t block, float* packed) const;
-  // Every block, one after another, by all threads; in the calling thread's memory until the next
-  // call.
-  const float* pack_all() const;
+  int64_t floats() const { return blocks_ * block_floats_; }
+  // Every block, one after another, by all threads.
+  void pack_all(float* packed) const;
 
  private:
   const ConvPlan& plan_;

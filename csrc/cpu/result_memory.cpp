@@ -7,10 +7,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <iterator>
 #include <map>
 #include <mutex>
 #include <vector>
+
+#include "check.h"
 
 namespace fastresnet::cpu {
 namespace {
@@ -153,6 +156,22 @@ Tensor new_result(Sizes sizes, ScalarType dtype, MemoryFormat format) {
       to<int32_t>(from(torch::headeronly::Layout::Strided)), nullptr, 0,
       [](void* data, void*) { heap().release(data); }, nullptr));
   return Tensor(handle);
+}
+
+Temporary::Temporary(int64_t floats) : floats_(nullptr), of_heap_(false) {
+  if (floats == 0) return;
+  const int64_t bytes = (floats * int64_t{sizeof(float)} + kPage - 1) / kPage * kPage;
+  floats_ = static_cast<float*>(heap().allocate(bytes));
+  of_heap_ = floats_ != nullptr;
+  if (!of_heap_) floats_ = static_cast<float*>(std::aligned_alloc(kPage, bytes));
+  check(floats_ != nullptr, "out of memory: ", bytes, " bytes");
+}
+
+Temporary::~Temporary() {
+  if (of_heap_)
+    heap().release(floats_);
+  else
+    std::free(floats_);
 }
 
 Tensor empty_images(int64_t batch, int64_t channels, int64_t height, int64_t width,

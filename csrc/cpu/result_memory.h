@@ -25,6 +25,22 @@ inline Tensor new_result_like(const Tensor& x) {
 Tensor empty_images(int64_t batch, int64_t channels, int64_t height, int64_t width,
                     ScalarType dtype);
 
+// Memory for the time of a call, from where results lie: what one call has done with is the next
+// one's, or a result's. It holds what its last user left.
+class Temporary {
+ public:
+  explicit Temporary(int64_t floats);
+  ~Temporary();
+  Temporary(const Temporary&) = delete;
+  Temporary& operator=(const Temporary&) = delete;
+
+  float* floats() const { return floats_; }
+
+ private:
+  float* floats_;
+  bool of_heap_;
+};
+
 // Gives memory that no tensor uses back to the system; returns how many bytes that may be.
 int64_t release_memory();
 

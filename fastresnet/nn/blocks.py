@@ -32,22 +32,27 @@ def shortcut(downsample: nn.Module | None, x: Tensor) -> PendingBatchNorm | Tens
     return x
 
 
-def fused_block(block: BasicBlock | Bottleneck, links: list[Link], x: Tensor) -> Tensor | None:
+def fused_block(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor | None:
     """``block`` as one node in training, in a call a convolution in inference; None where it can
     be neither."""
-    if torch.is_grad_enabled():
-        forget_folds(block)
-        return residual_block(links, block.relu, block.downsample, x)
-    return folded_block(links, block.relu, block.downsample, x)
+    if not torch.is_grad_enabled():
+        return folded_block(block.links, block.relu, block.downsample, x)
+    forget_folds(block)
+    result = residual_block(block.links, block.relu, block.downsample, x)
+    return None if result is None else result[0]
 
 
 class BasicBlock(Foldable, resnet.BasicBlock):
     """Two 3x3 convolutions and a shortcut (He et al., 2015)."""
 
+    @property
+    def links(self) -> list[Link]:
+        """The convolutions with their batch norms, in order."""
+        return [Link(self.conv1, self.bn1), Link(self.conv2, self.bn2)]
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, inplanes, H, W] -> [N, planes, H / stride, W / stride]."""
-        links = [Link(self.conv1, self.bn1), Link(self.conv2, self.bn2)]
-        fused = fused_block(self, links, x)
+        fused = fused_block(self, x)
         if fused is not None:
             return fused
 
@@ -75,10 +80,14 @@ class BasicBlock(Foldable, resnet.BasicBlock):
 class Bottleneck(Foldable, resnet.Bottleneck):
     """1x1, 3x3 and 1x1 convolutions and a shortcut (He et al., 2015; stride in the 3x3)."""
 
+    @property
+    def links(self) -> list[Link]:
+        """The convolutions with their batch norms, in order."""
+        return [Link(self.conv1, self.bn1), Link(self.conv2, self.bn2), Link(self.conv3, self.bn3)]
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, inplanes, H, W] -> [N, 4 * planes, H / stride, W / stride]."""
-        links = [Link(self.conv1, self.bn1), Link(self.conv2, self.bn2), Link(self.conv3, self.bn3)]
-        fused = fused_block(self, links, x)
+        fused = fused_block(self, x)
         if fused is not None:
             return fused
 

@@ -4,17 +4,23 @@
 Between two convolutions of a block nothing is stored but the first one's raw output: its batch norm
 and ReLU are computed as the second reads it, forward and backward. Saved for backward are the
 block's input, the raw outputs, vectors, and one bit for each value of the block's output.
+
+Of blocks one behind another, every other input is not saved either: it is a sum of what the block
+in front has saved, and computed anew from that, in a pass over memory (as in Chen et al., "Training
+Deep Nets with Sublinear Memory Cost", 2016).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import ops
+from ..ops import Normalized
 from .batch_norm import has_hooks
 from .links import (
     Link,
@@ -30,9 +36,29 @@ from .links import (
 from .sequential import FusedSequential
 
 
+class Join(NamedTuple):
+    """What a block's output is the ReLU of the sum of, all of it saved for backward."""
+
+    x: Normalized
+    shortcut: Normalized | Tensor
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The output, and a bit for each value that says whether it is positive."""
+        x, shortcut = self
+        if isinstance(shortcut, Tensor):
+            return torch.ops.fastresnet.bn_add_relu.default(*x[:5], shortcut, x.eps, x.training)
+        return torch.ops.fastresnet.bn_add_bn_relu.default(
+            *x[:5], *shortcut[:5], x.eps, shortcut.eps, x.training
+        )
+
+
 def residual_block(
-    links: list[Link], relu: nn.Module, downsample: nn.Module | None, x: Tensor
-) -> Tensor | None:
+    links: list[Link],
+    relu: nn.Module,
+    downsample: nn.Module | None,
+    x: Tensor,
+    source: Join | None = None,
+) -> tuple[Tensor, Join] | None:
     """The whole block as one node, or None (and nothing done) where something asks for more: a
     hook, a tracer, a module of another class, a convolution that the kernels do not take.
 
@@ -41,6 +67,10 @@ def residual_block(
         relu: between the links and at the end.
         downsample: the shortcut, None for the identity.
         x: [N, C, H, W].
+        source: what ``x`` is made of, to be saved instead of it.
+
+    Returns:
+        The output, and what it is made of.
     """
     if not runs_as_node(x) or type(relu) is not nn.ReLU or has_hooks(relu):
         return None
@@ -59,10 +89,10 @@ def residual_block(
         return None
 
     parameters = [parameter for link in every for parameter in link.parameters]
-    out, *statistics = _ResidualBlock.apply(links, projection, x, *parameters)
+    out, join, *statistics = _ResidualBlock.apply(links, projection, source, x, *parameters)
     for index, link in enumerate(every):
         link.update_running_stats(*statistics[2 * index : 2 * index + 2], counts[index])
-    return out
+    return out, join
 
 
 def branches_fit(last: Link, projection: Link | None, x: Tensor) -> bool:
@@ -87,37 +117,41 @@ def as_link(downsample: nn.Module) -> Link | None:
 
 
 class _ResidualBlock(torch.autograd.Function):
-    """forward(links, projection, x, *(the parameters of each link)) returns the block's output and
-    mean and biased variance of each link's."""
+    """forward(links, projection, source, x, *(the parameters of each link)) returns the block's
+    output, what it is made of, and mean and biased variance of each link's."""
 
     @staticmethod
-    def forward(ctx: Any, links: list[Link], projection: Link | None, x: Tensor, *parameters):
+    def forward(
+        ctx: Any,
+        links: list[Link],
+        projection: Link | None,
+        source: Join | None,
+        x: Tensor,
+        *parameters: Tensor | None,
+    ):
         outputs = forward_links(links, x, parameters)
-        last = outputs[-1]
-        if projection is None:
-            out, mask = torch.ops.fastresnet.bn_add_relu.default(
-                *last[:5], x, last.eps, last.training
-            )
-        else:
+        shortcut = x
+        if projection is not None:
             shortcut = projection.forward(x, *parameters[-4:])
             outputs.append(shortcut)
-            out, mask = torch.ops.fastresnet.bn_add_bn_relu.default(
-                *last[:5], *shortcut[:5], last.eps, shortcut.eps, last.training
-            )
-        ctx.links, ctx.projection = links, projection
+        join = Join(outputs[len(links) - 1], shortcut)
+        out, mask = join.forward()
         every = links if projection is None else [*links, projection]
-        return out, *save_for_backward(ctx, every, outputs, x, mask)
+        ctx.links, ctx.projection = links, projection
+        head, ctx.settings = ([x], None) if source is None else _taken_apart(source)
+        return out, join, *save_for_backward(ctx, every, outputs, mask, *head)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_statistics):
+    def backward(ctx: Any, grad: Tensor | None, _join: None, *_statistics):
         links, projection = ctx.links, ctx.projection
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        (x, mask), weights, outputs = saved_tensors(ctx)
+        (mask, *head), weights, outputs = saved_tensors(ctx)
+        x = head[0] if ctx.settings is None else _put_together(head, ctx.settings).forward()[0]
         gradients: list[Tensor | None] = [None] * (4 * len(outputs))
         grad = grad.contiguous(memory_format=torch.channels_last)
-        wants_dx = ctx.needs_input_grad[2]
+        wants_dx = ctx.needs_input_grad[3]
 
         last = outputs[len(links) - 1]
         shortcut = outputs[-1] if projection is not None else None
@@ -148,4 +182,18 @@ class _ResidualBlock(torch.autograd.Function):
             )
             gradients[4 * index : 4 * index + 4] = links[index].gradients(result, outputs[index])
             grad, mask, sums = result.x, None, result.sums
-        return None, None, result.x, *gradients
+        return None, None, None, result.x, *gradients
+
+
+def _taken_apart(join: Join) -> tuple[list[Tensor], list[tuple[float, bool]]]:
+    """The tensors, which only ``save_for_backward`` may keep, and the rest of each batch norm."""
+    norms = [part for part in join if isinstance(part, Normalized)]
+    tensors = [tensor for norm in norms for tensor in norm[:5]]
+    if len(norms) == 1:
+        tensors.append(join.shortcut)
+    return tensors, [norm[5:] for norm in norms]
+
+
+def _put_together(tensors: Sequence[Tensor], settings: Sequence[tuple[float, bool]]) -> Join:
+    norms = [Normalized(*tensors[5 * i : 5 * i + 5], *rest) for i, rest in enumerate(settings)]
+    return Join(norms[0], norms[1] if len(norms) == 2 else tensors[5])

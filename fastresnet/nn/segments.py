@@ -96,8 +96,7 @@ def run_segments(blocks: Sequence[BasicBlock | Bottleneck], x: Tensor) -> Tensor
 def _convolutions(block: BasicBlock | Bottleneck, x: Tensor) -> Convolutions | None:
     """Those of ``block`` if both its branches take ``x`` and end alike, with more than one value a
     channel, for which torch has words of its own."""
-    names = ("1", "2") if isinstance(block, BasicBlock) else ("1", "2", "3")
-    links = [Link(getattr(block, f"conv{n}"), getattr(block, f"bn{n}")) for n in names]
+    links = block.links
     projection = None if block.downsample is None else as_link(block.downsample)
     shortcut = [] if projection is None else [projection]
     if (

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stages of residual blocks run as one chain, where nobody can look between two blocks.
 
-A block's output is used twice, by the next block's convolution and by its shortcut, and autograd
-would add the two gradients in a pass of its own: read two tensors, write a third. In the chain they
-stay apart until the backward of the join in front reads both: in a segment's node where the kernels
-take over all of it (:mod:`fastresnet.nn.segments`), else in that of a join handed out twice.
+On the CPU a block is one node (:mod:`fastresnet.nn.residual`), and is told in the chain what its
+input is made of, to save that.
+
+On CUDA it is several. A block's output is used twice, by the next block's convolution and by its
+shortcut, and autograd would add the two gradients in a pass of its own: read two tensors, write a
+third. In the chain they stay apart until the backward of the join in front reads both: in a
+segment's node where the kernels take over all of it (:mod:`fastresnet.nn.segments`), else in that
+of a join handed out twice.
 """
 
 from __future__ import annotations
@@ -13,18 +17,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..ops import Fork
+from ..ops import Fork, Normalized
 from .batch_norm import has_hooks
 from .blocks import BasicBlock, Bottleneck
 from .folding import forget_folds
 from .links import runs_as_node
+from .residual import residual_block
 from .segments import run_segments
 from .sequential import FusedSequential
 
-# On the CPU a block is one node, which adds them itself (fastresnet.nn.residual).
-_DEVICES = ("cuda",)
+Block = BasicBlock | Bottleneck
 
 
 def run_stages(stages: Sequence[nn.Module], x: Any) -> Any:
@@ -42,7 +46,24 @@ def run_stages(stages: Sequence[nn.Module], x: Any) -> Any:
         for stage in stages:
             x = stage(x)
         return x
-    blocks = [block for stage in stages for block in stage]
+    return _CHAINS[x.device.type]([block for stage in stages for block in stage], x)
+
+
+def _run_nodes(blocks: Sequence[Block], x: Tensor) -> Tensor:
+    source = None
+    for block in blocks:
+        result = residual_block(block.links, block.relu, block.downsample, x, source)
+        if result is None:
+            x, source = block(x), None
+            continue
+        x, join = result
+        # An input that was not saved would have to be for the output made of it.
+        made_of_saved = source is None or isinstance(join.shortcut, Normalized)
+        source = join if made_of_saved else None
+    return x
+
+
+def _run_forks(blocks: Sequence[Block], x: Tensor) -> Tensor:
     out = run_segments(blocks, x) if blocks else x
     if out is not None:
         return out
@@ -52,10 +73,13 @@ def run_stages(stages: Sequence[nn.Module], x: Any) -> Any:
     return fork.x
 
 
+_CHAINS = {"cpu": _run_nodes, "cuda": _run_forks}
+
+
 def _can_chain(stages: Sequence[nn.Module], x: Any) -> bool:
     return (
         runs_as_node(x)
-        and x.device.type in _DEVICES
+        and x.device.type in _CHAINS
         and all(
             type(stage) in (nn.Sequential, FusedSequential)
             and not has_hooks(stage)
