@@ -19,10 +19,11 @@
 namespace fastresnet::cpu {
 namespace {
 
-// Whether a result is too large to be found in a cache by whoever reads it next, and may be written
-// by whole lines.
+// Whether a result is too large for second-level caches, and may be written by whole lines past
+// them: a block of channels writes a line a pixel, each a row of channels from the last, and would
+// have every one read first.
 bool past_caches(const Tensor& result, int64_t channels) {
-  constexpr int64_t kLeast = 8 << 20;
+  constexpr int64_t kLeast = 2 << 20;
   const int64_t pixel_bytes = channels * static_cast<int64_t>(result.element_size());
   const int64_t bytes = result.numel() * static_cast<int64_t>(result.element_size());
   return bytes >= kLeast && pixel_bytes % kLineBytes == 0 &&
