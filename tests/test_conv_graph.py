@@ -425,7 +425,7 @@ def test_the_public_operator_chooses(
 @pytest.fixture
 def segmented(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Segments on the CPU; the list holds how many blocks each run of them had."""
-    monkeypatch.setattr(stages, "_DEVICES", ("cpu",))
+    monkeypatch.setitem(stages._CHAINS, "cpu", stages._run_forks)
     monkeypatch.setattr(choice, "DEVICES", ("cpu",))
     monkeypatch.setattr("fastresnet.nn.blocks.residual_block", lambda *_: None)
     seen: list[int] = []

@@ -301,7 +301,9 @@ def test_a_fold_is_kept_until_something_changes(
 def test_a_forward_with_gradients_and_to_drop_folds(
     calls: list[str], block: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "_DEVICES", ("cpu",))  # a chain does not call its blocks
+    monkeypatch.setitem(
+        stages._CHAINS, "cpu", stages._run_forks
+    )  # a chain does not call its blocks
     x = channels_last(2, 64, 6, 6)
     chain = nn.Sequential(block)
     drops = (lambda: block(x), lambda: stages.run_stages([chain], x), block.float, block.train)

@@ -21,7 +21,7 @@ from torch.nn.modules import module as module_hooks
 
 from .. import _extension, ops
 from ..ops import Fork
-from .running_stats import update_running_stats
+from .running_stats import Seen, update_running_stats
 from .sync import SyncBatchNorm
 
 _BATCH_NORMS = (nn.BatchNorm2d, SyncBatchNorm)
@@ -168,7 +168,7 @@ def begin_batch_norm(bn: nn.BatchNorm2d | SyncBatchNorm, x: Any) -> PendingBatch
         mean, var = ops.bn_stats(x)
         training = True
         if bn.training and bn.track_running_stats:
-            update_running_stats(bn, mean, var, x.numel() // x.shape[1])
+            update_running_stats([Seen(bn, mean, var, x.numel() // x.shape[1])])
     return PendingBatchNorm(x, mean, var, bn.weight, bn.bias, bn.eps, training)
 
 

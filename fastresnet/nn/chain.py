@@ -23,6 +23,7 @@ from .links import (
     channels_fit,
     forward_links,
     is_plain,
+    remember,
     runs_as_node,
     save_for_backward,
     saved_tensors,
@@ -66,8 +67,7 @@ def run_chain(modules: Sequence[nn.Module], x: Any) -> tuple[Any, int]:
         windows = None
     parameters = [parameter for link in links for parameter in link.parameters]
     out, *statistics = _Chain.apply(links, windows, x, *parameters)
-    for index, link in enumerate(links):
-        link.update_running_stats(*statistics[2 * index : 2 * index + 2], counts[index])
+    remember(links, statistics, counts)
     return out, length + (windows is not None)
 
 

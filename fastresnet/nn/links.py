@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops import ConvGradients, Normalized
 from .batch_norm import has_hooks, is_transformed
-from .running_stats import update_running_stats
+from .running_stats import Seen, update_running_stats
 
 
 class Link(NamedTuple):
@@ -76,12 +76,11 @@ class Link(NamedTuple):
             bias = result.bn_bias * y.weight * (y.var + y.eps).rsqrt()
         return result.weight, bias, result.bn_weight, result.bn_bias
 
-    def update_running_stats(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """What a batch norm remembers of a batch, ``count`` values a channel."""
-        if self.bn.training and self.bn.track_running_stats:
-            if self.conv.bias is not None:
-                mean = mean + self.conv.bias.detach().float()
-            update_running_stats(self.bn, mean, var, count)
+    def seen(self, mean: Tensor, var: Tensor, count: int) -> Seen:
+        """The batch as the batch norm sees it, whose input has the convolution's bias in it."""
+        if self.conv.bias is not None:
+            mean = mean + self.conv.bias.detach().float()
+        return Seen(self.bn, mean, var, count)
 
 
 def forward_links(
@@ -93,6 +92,21 @@ def forward_links(
         source = outputs[-1] if outputs else x
         outputs.append(link.forward(source, *parameters[4 * index : 4 * index + 4]))
     return outputs
+
+
+def remember(links: Sequence[Link], statistics: Sequence[Tensor], counts: Sequence[int]) -> None:
+    """Updates running statistics where they are kept.
+
+    Args:
+        statistics: mean and biased variance of each link's output.
+        counts: how many values each channel of those has.
+    """
+    means_and_vars = zip(statistics[::2], statistics[1::2], strict=True)
+    update_running_stats(
+        link.seen(*pair, count)
+        for link, pair, count in zip(links, means_and_vars, counts, strict=True)
+        if link.bn.training and link.bn.track_running_stats
+    )
 
 
 def save_for_backward(

@@ -27,6 +27,7 @@ from .links import (
     channels_fit,
     forward_links,
     is_plain,
+    remember,
     runs_as_node,
     save_for_backward,
     saved_tensors,
@@ -90,8 +91,7 @@ def residual_block(
 
     parameters = [parameter for link in every for parameter in link.parameters]
     out, join, *statistics = _ResidualBlock.apply(links, projection, source, x, *parameters)
-    for index, link in enumerate(every):
-        link.update_running_stats(*statistics[2 * index : 2 * index + 2], counts[index])
+    remember(every, statistics, counts)
     return out, join
 
 

@@ -31,6 +31,7 @@ from .links import (
     channels_fit,
     computed_dtype,
     is_standard,
+    remember,
     sizes_behind,
     values_a_channel,
 )
@@ -135,12 +136,11 @@ def _run_segment(convolutions: Convolutions, x: Tensor, branches: Branches | Non
     weights = [link.conv.weight for link in convolutions.every]
     norms = [vector for link in links[:-1] for vector in (link.bn.weight, link.bn.bias)]
     y, shortcut, *statistics = _Segment.apply(convolutions, join, *head, *weights, *norms)
-    pairs = list(zip(statistics[::2], statistics[1::2], strict=True))
-    for link, pair, count in zip(convolutions.every, pairs, counts, strict=True):
-        link.update_running_stats(*pair, count)
+    remember(convolutions.every, statistics, counts)
     if projection is not None:
-        shortcut = _pending(projection, shortcut, *pairs[-1])
-    return Branches(_pending(links[-1], y, *pairs[len(links) - 1]), shortcut)
+        shortcut = _pending(projection, shortcut, *statistics[-2:])
+    last = 2 * len(links) - 2
+    return Branches(_pending(links[-1], y, *statistics[last : last + 2]), shortcut)
 
 
 def _pending(link: Link, y: Tensor, mean: Tensor, var: Tensor) -> PendingBatchNorm:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from .running_stats import update_running_stats
+from .running_stats import Seen, update_running_stats
 
 _KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -95,7 +95,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def remember(self, mean: Tensor, var: Tensor, count: int) -> None:
         """Updates the running statistics where they are kept."""
         if self.training and self.track_running_stats:
-            update_running_stats(self, mean, var, count)
+            update_running_stats([Seen(self, mean, var, count)])
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
