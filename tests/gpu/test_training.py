@@ -30,8 +30,9 @@ def loader(*, training: bool) -> TensorLoader:
 
 def fit(folder: Path, *overrides: str) -> History:
     settings = ["schedule.epochs=4", "schedule.sizes=", "augment.size=32", "tensorboard=false"]
-    # At the recipe's own rate the loss grows over so few steps.
-    settings += ["optim.lr=2e-3", "device=cuda"]
+    # At ten times this rate, weights that differ by a millionth come to losses that differ by 6 %
+    # within the 16 steps; at this one, weights that differ by a thousandth by 3 %.
+    settings += ["optim.lr=2e-4", "device=cuda"]
     recipe = apply_overrides(RECIPES["fashion-mnist"](), [*settings, *overrides])
     folder.mkdir()
     torch.manual_seed(0)
@@ -51,7 +52,7 @@ def fit(folder: Path, *overrides: str) -> History:
     "overrides",
     [
         ("amp=none",),
-        ("amp=bf16", "optim.kind=adamw", "optim.lr=1e-3"),
+        ("amp=bf16", "optim.kind=adamw", "optim.lr=1e-4"),
         ("amp=fp16",),
         ("amp=fp16", "optim.accumulate=3", "optim.clip_norm=1"),
         ("amp=bf16", "loss.class_weights=balanced", "ema=0.9"),
