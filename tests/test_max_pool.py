@@ -389,7 +389,7 @@ def test_modules_behave_as_torchs(training, momentum, track):
     for _ in range(2):  # running statistics of several steps, gradients that accumulate
         x = channels_last(3, 24, 10, 9)
         leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2)]
-        out = pooled_stem(bn, relu, pool, leaves[0])
+        out, _ = pooled_stem(bn, relu, pool, leaves[0])
         expected = pool(relu(theirs(leaves[1])))
         assert is_fused(out)
         torch.testing.assert_close(out, expected)
@@ -409,7 +409,7 @@ def test_a_layer_that_is_used_twice():
     bn, relu, pool = stem()
     theirs = copy.deepcopy(bn)
     inputs = [channels_last(2, 24, 8, 8) for _ in range(2)]
-    sum(pooled_stem(bn, relu, pool, x).sum() for x in inputs).backward()
+    sum(pooled_stem(bn, relu, pool, x)[0].sum() for x in inputs).backward()
     sum(pool(relu(theirs(x))).sum() for x in inputs).backward()
     torch.testing.assert_close(bn.weight.grad, theirs.weight.grad, rtol=1e-4, atol=1e-4)
     assert bn.num_batches_tracked == 2
@@ -433,7 +433,7 @@ def test_which_windows_are_fused(windows, fused):
     bn, relu, pool = stem(**windows)
     theirs = copy.deepcopy(bn)
     x = channels_last(2, 24, 12, 12).requires_grad_()
-    out = pooled_stem(bn, relu, pool, x)
+    out, _ = pooled_stem(bn, relu, pool, x)
     assert is_fused(out) == fused
     torch.testing.assert_close(out, pool(relu(theirs(x))))
 
@@ -444,12 +444,12 @@ def test_what_is_not_plain_runs_as_before():
         modules = stem()
         seen = []
         modules[index].register_forward_hook(lambda *_, seen=seen: seen.append(1))
-        assert not is_fused(pooled_stem(*modules, x))
+        assert not is_fused(pooled_stem(*modules, x)[0])
         assert seen == [1]
     bn, relu, pool = stem()
-    assert not is_fused(pooled_stem(bn, nn.ReLU6(), pool, x))
-    assert torch.equal(pooled_stem(nn.Identity(), nn.ReLU(), nn.Identity(), x), x.relu())
-    out, indices = pooled_stem(bn, relu, nn.MaxPool2d(3, return_indices=True), x)
+    assert not is_fused(pooled_stem(bn, nn.ReLU6(), pool, x)[0])
+    assert torch.equal(pooled_stem(nn.Identity(), nn.ReLU(), nn.Identity(), x)[0], x.relu())
+    (out, indices), _ = pooled_stem(bn, relu, nn.MaxPool2d(3, return_indices=True), x)
     assert out.shape == indices.shape
 
 

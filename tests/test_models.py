@@ -315,7 +315,8 @@ def resnet_ops(
         convolutions = blocks * per_block + dual
         backward = {"conv_bn_backward": convolutions, "bn_sums": blocks, f"{stem}_backward": 1}
         joins = {op: joins[op] + more for op, more in zip(joins, anew, strict=True)}
-        return {"bn_stats": 1, stem: 1, "conv_stats": convolutions, **joins, **backward}
+        stems = 1 if pooled else 2  # the stem's output is one of those inputs too
+        return {"bn_stats": 1, stem: stems, "conv_stats": convolutions, **joins, **backward}
     inner = blocks * (per_block - 1)
     forward = collections.Counter({"bn_relu": inner, **joins}) + collections.Counter([stem])
     backward = {f"{op}_backward": count for op, count in forward.items()}

@@ -199,7 +199,7 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
 @pytest.mark.usefixtures("convolutions_at_every_level")
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "cifar_resnet18"])
 def test_inputs_computed_anew_change_no_bit(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, frozen: bool
 ) -> None:
@@ -226,6 +226,18 @@ def test_every_other_input_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None
     sizes = (256 * 16 * 16, 512 * 8 * 8, 1024 * 4 * 4, 2048 * 2 * 2)
     values = sum(count * size for count, size in zip((2, 2, 3, 1), sizes, strict=True))
     assert block_by_block - chained == 4 * values
+
+
+@pytest.mark.usefixtures("convolutions_at_every_level")
+def test_a_stem_without_a_pool_is_such_an_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fastresnet.models.cifar_resnet18().to(memory_format=torch.channels_last)
+    x = channels_last(2, 3, 32, 32)
+    chained = saved_bytes(model, x)
+    monkeypatch.delitem(stages._CHAINS, "cpu")
+    block_by_block = saved_bytes(model, x)
+    # The stem's, the first stage's second and the other stages' first output.
+    sizes = (64 * 32 * 32, 64 * 32 * 32, 128 * 16 * 16, 256 * 8 * 8, 512 * 4 * 4)
+    assert block_by_block - chained == 4 * 2 * sum(sizes)
 
 
 @pytest.mark.usefixtures("convolutions_at_every_level")

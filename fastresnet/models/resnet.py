@@ -63,9 +63,9 @@ class ResNet(torchvision.models.ResNet):
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = to_kernel_layout(x)
         x = self.conv1(x)
-        x = pooled_stem(self.bn1, self.relu, self.maxpool, x)
+        x, source = pooled_stem(self.bn1, self.relu, self.maxpool, x)
 
-        x = run_stages([self.layer1, self.layer2, self.layer3, self.layer4], x)
+        x = run_stages([self.layer1, self.layer2, self.layer3, self.layer4], x, source)
 
         x = self.avgpool(x)
         x = torch.flatten(x, 1)

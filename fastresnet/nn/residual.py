@@ -12,16 +12,15 @@ Deep Nets with Sublinear Memory Cost", 2016).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..ops import Normalized
 from .batch_norm import has_hooks
+from .join import Join, put_together, taken_apart
 from .links import (
     Link,
     channels_fit,
@@ -35,22 +34,6 @@ from .links import (
     values_a_channel,
 )
 from .sequential import FusedSequential
-
-
-class Join(NamedTuple):
-    """What a block's output is the ReLU of the sum of, all of it saved for backward."""
-
-    x: Normalized
-    shortcut: Normalized | Tensor
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """The output, and a bit for each value that says whether it is positive."""
-        x, shortcut = self
-        if isinstance(shortcut, Tensor):
-            return torch.ops.fastresnet.bn_add_relu.default(*x[:5], shortcut, x.eps, x.training)
-        return torch.ops.fastresnet.bn_add_bn_relu.default(
-            *x[:5], *shortcut[:5], x.eps, shortcut.eps, x.training
-        )
 
 
 def residual_block(
@@ -138,7 +121,7 @@ class _ResidualBlock(torch.autograd.Function):
         out, mask = join.forward()
         every = links if projection is None else [*links, projection]
         ctx.links, ctx.projection = links, projection
-        head, ctx.settings = ([x], None) if source is None else _taken_apart(source)
+        head, ctx.settings = ([x], None) if source is None else taken_apart(source)
         return out, join, *save_for_backward(ctx, every, outputs, mask, *head)
 
     @staticmethod
@@ -148,7 +131,7 @@ class _ResidualBlock(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         (mask, *head), weights, outputs = saved_tensors(ctx)
-        x = head[0] if ctx.settings is None else _put_together(head, ctx.settings).forward()[0]
+        x = head[0] if ctx.settings is None else put_together(head, ctx.settings).forward()[0]
         gradients: list[Tensor | None] = [None] * (4 * len(outputs))
         grad = grad.contiguous(memory_format=torch.channels_last)
         wants_dx = ctx.needs_input_grad[3]
@@ -183,17 +166,3 @@ class _ResidualBlock(torch.autograd.Function):
             gradients[4 * index : 4 * index + 4] = links[index].gradients(result, outputs[index])
             grad, mask, sums = result.x, None, result.sums
         return None, None, None, result.x, *gradients
-
-
-def _taken_apart(join: Join) -> tuple[list[Tensor], list[tuple[float, bool]]]:
-    """The tensors, which only ``save_for_backward`` may keep, and the rest of each batch norm."""
-    norms = [part for part in join if isinstance(part, Normalized)]
-    tensors = [tensor for norm in norms for tensor in norm[:5]]
-    if len(norms) == 1:
-        tensors.append(join.shortcut)
-    return tensors, [norm[5:] for norm in norms]
-
-
-def _put_together(tensors: Sequence[Tensor], settings: Sequence[tuple[float, bool]]) -> Join:
-    norms = [Normalized(*tensors[5 * i : 5 * i + 5], *rest) for i, rest in enumerate(settings)]
-    return Join(norms[0], norms[1] if len(norms) == 2 else tensors[5])

@@ -35,7 +35,7 @@ class FusedSequential(Foldable, nn.Sequential):
             if count == 0 and isinstance(self, FusedSequential):
                 input, count = run_folded(modules, input)
             if count == 0 and [type(module) for module in modules[:3]] == _POOLED:
-                input, count = pooled_stem(*modules[:3], input), 3
+                input, count = pooled_stem(*modules[:3], input)[0], 3
             elif count == 0:
                 input, count = fused_call(modules[0], input), 1
             modules = modules[count:]

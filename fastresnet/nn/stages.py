@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import Fork, Normalized
+from ..ops import Fork
 from .batch_norm import has_hooks
 from .blocks import BasicBlock, Bottleneck
 from .folding import forget_folds
+from .join import Join
 from .links import runs_as_node
 from .residual import residual_block
 from .segments import run_segments
@@ -31,13 +32,14 @@ from .sequential import FusedSequential
 Block = BasicBlock | Bottleneck
 
 
-def run_stages(stages: Sequence[nn.Module], x: Any) -> Any:
+def run_stages(stages: Sequence[nn.Module], x: Any, source: Join | None = None) -> Any:
     """``x`` through ``stages``, one behind another.
 
     Args:
         stages: any modules; chained are ``nn.Sequential`` of :class:`BasicBlock` and
             :class:`Bottleneck`.
         x: what the first is called with; chained is [N, C, H, W].
+        source: what ``x`` is made of, if that is saved for backward.
     """
     if torch.is_grad_enabled():
         for stage in stages:
@@ -46,24 +48,21 @@ def run_stages(stages: Sequence[nn.Module], x: Any) -> Any:
         for stage in stages:
             x = stage(x)
         return x
-    return _CHAINS[x.device.type]([block for stage in stages for block in stage], x)
+    return _CHAINS[x.device.type]([block for stage in stages for block in stage], x, source)
 
 
-def _run_nodes(blocks: Sequence[Block], x: Tensor) -> Tensor:
-    source = None
+def _run_nodes(blocks: Sequence[Block], x: Tensor, source: Join | None) -> Tensor:
     for block in blocks:
         result = residual_block(block.links, block.relu, block.downsample, x, source)
         if result is None:
             x, source = block(x), None
             continue
         x, join = result
-        # An input that was not saved would have to be for the output made of it.
-        made_of_saved = source is None or isinstance(join.shortcut, Normalized)
-        source = join if made_of_saved else None
+        source = join if join.is_made_of_saved(source is None) else None
     return x
 
 
-def _run_forks(blocks: Sequence[Block], x: Tensor) -> Tensor:
+def _run_forks(blocks: Sequence[Block], x: Tensor, _source: Join | None) -> Tensor:
     out = run_segments(blocks, x) if blocks else x
     if out is not None:
         return out

@@ -8,10 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops import Normalized
 from .batch_norm import PendingBatchNorm, fused_call, has_hooks, is_relu
+from .join import Join
+from .links import runs_as_node
 
 
-def pooled_stem(bn: nn.Module, relu: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
+def pooled_stem(
+    bn: nn.Module, relu: nn.Module, pool: nn.Module, x: Tensor
+) -> tuple[Tensor, Join | None]:
     """``pool(relu(bn(x)))``, with what lies between neither computed twice nor stored.
 
     Modules of other classes or with hooks, and windows that the kernel does not take, run as they
@@ -21,14 +26,27 @@ def pooled_stem(bn: nn.Module, relu: nn.Module, pool: nn.Module, x: Tensor) -> T
         bn, relu, pool: any modules; fused are ``nn.BatchNorm2d``, ``nn.ReLU`` and
             ``nn.MaxPool2d``.
         x: [N, C, H, W].
+
+    Returns:
+        The output and, where ``pool`` is an ``nn.Identity``, as in networks for small images, what
+        it is made of.
     """
     x = fused_call(bn, x)
     if isinstance(x, PendingBatchNorm) and is_relu(relu):
         windows = square_windows(pool)
         if windows is not None and ops.has_max_pool_kernel(x.x, **windows):
-            return ops.bn_relu_max_pool(*x[:5], **windows, eps=x.eps, training=x.training)
+            return ops.bn_relu_max_pool(*x[:5], **windows, eps=x.eps, training=x.training), None
+        if type(pool) is nn.Identity and not has_hooks(pool):
+            return x.relu(), _made_of(x)
     x = fused_call(relu, x)
-    return pool(x)
+    return pool(x), None
+
+
+def _made_of(bn: PendingBatchNorm) -> Join | None:
+    if not runs_as_node(bn.x) or bn.weight is None:
+        return None
+    vectors = (vector.detach().float() for vector in bn[1:5])
+    return Join(Normalized(bn.x.detach(), *vectors, bn.eps, bn.training), None)
 
 
 def square_windows(pool: nn.Module) -> dict[str, int] | None:
