@@ -16,8 +16,10 @@ from fastresnet.runs import (
     build_loader,
     build_network,
     build_objective,
+    check_two_eyes,
     format_figures,
     open_data,
+    other_eye,
     shown,
     split,
 )
@@ -25,12 +27,13 @@ from fastresnet.train import ConfigError, Recipe, apply_overrides
 from fastresnet.train.checkpoint import CheckpointError, load_weights
 from fastresnet.train.confusion import Confusion, write_confusion
 from fastresnet.train.distributed import World
-from fastresnet.train.evaluate import evaluate
+from fastresnet.train.evaluate import evaluate, regraded
 from fastresnet.train.overrides import from_dict
 from fastresnet.train.plots import confusion_figure, save_png
 from fastresnet.train.precision import resolve_amp, resolve_device
 from fastresnet.train.predictions import write_predictions
 from fastresnet.train.run_directory import write_json
+from fastresnet.train.two_eyes import Fusion
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(soft_wrap=True)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    weights, recipe, image_size, thresholds = _read(arguments.run)
+    weights, recipe, image_size, thresholds, fusion = _read(arguments.run)
     recipe = apply_overrides(recipe, arguments.overrides)
     dataset = open_data(recipe, arguments.data)
     part = getattr(split(recipe, dataset), arguments.part)
@@ -46,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     world = World()
     loader = build_loader(recipe, part, training=False, device=device, world=world)
     objective = build_objective(recipe, dataset, dataset.train.labels)
+    check_two_eyes(recipe, part)
     model = build_network(recipe, dataset, outputs=objective.outputs).to(device)
     load_weights(weights, model)
     model.to(memory_format=torch.channels_last)
@@ -60,6 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
         flips=recipe.evaluation.flips,
         thresholds=thresholds,
     )
+    if recipe.evaluation.two_eyes and fusion is not None:
+        evaluation = fusion.applied(evaluation, other_eye(part, loader))
+        evaluation = regraded(evaluation, objective, thresholds)
     ordinal = recipe.evaluation.ordinal
     line = format_figures(evaluation, ordinal=ordinal).removeprefix("test ")
     console.print(f"{arguments.part} part of {dataset.source}: {line}", highlight=False)
@@ -79,8 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read(path: Path) -> tuple[Path, Recipe, int | None, torch.Tensor | None]:
-    """The weights, their recipe, the image size they were chosen at, a regression's thresholds."""
+def _read(path: Path) -> tuple[Path, Recipe, int | None, torch.Tensor | None, Fusion | None]:
+    """The weights, their recipe, the image size they were chosen at, a regression's thresholds,
+    how it adds up a patient's eyes."""
     weights = path / "best.safetensors" if path.is_dir() else path
     if not weights.is_file():
         raise ConfigError(f"expected the folder of a run, or a file of its weights, got {path}")
@@ -93,12 +101,14 @@ def _read(path: Path) -> tuple[Path, Recipe, int | None, torch.Tensor | None]:
         raise CheckpointError(f"{weights}: expected weights that name their recipe, got none")
     run = json.loads(metadata["run"])
     recipe = from_dict(run["recipe"])
-    thresholds = _summary(weights.parent).get("thresholds")
+    summary = _summary(weights.parent)
+    thresholds, fusion = summary.get("thresholds"), summary.get("fusion")
     return (
         weights,
         recipe,
         run["image_size"],
         None if thresholds is None else torch.tensor(thresholds),
+        None if fusion is None else Fusion(**fusion),
     )
 
 

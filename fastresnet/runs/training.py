@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from fastresnet import models
-from fastresnet.data import ImageError
+from fastresnet.data import ImageError, Loader
 from fastresnet.environment import environment
 from fastresnet.nn import sync_batch_norm
 from fastresnet.runs.wiring import (
@@ -23,6 +24,8 @@ from fastresnet.runs.wiring import (
     build_loader,
     build_network,
     build_objective,
+    check_two_eyes,
+    other_eye,
     pixels,
     shown,
     split,
@@ -88,6 +91,7 @@ def train_recipe(
         for part, training in ((parts.train, True), (parts.validation, False), (parts.test, False))
     )
     objective = build_objective(recipe, dataset, parts.train.labels)
+    check_two_eyes(recipe, parts.validation, parts.test)
     model = build_network(recipe, dataset, outputs=objective.outputs).to(device)
     if world.size > 1 and recipe.sync_batch_norm:
         sync_batch_norm(model)
@@ -120,7 +124,10 @@ def train_recipe(
     history = trainer.fit()
     fitted = time.perf_counter() - fitting
 
-    test = trainer.test(test_loader)
+    def others(loader: Loader) -> Tensor:
+        return other_eye(parts.validation if loader is val_loader else parts.test, loader)
+
+    test = trainer.test(test_loader, others=others)
     if not world.writes:
         return test
     evaluation = test.evaluation
@@ -164,6 +171,7 @@ def train_recipe(
             "test_loss": evaluation.loss,
             "test": figures,
             "thresholds": None if test.thresholds is None else test.thresholds.tolist(),
+            "fusion": test.fusion and test.fusion._asdict(),
             "best": asdict(history.best),
             "device": device.type,
             "amp": amp_name(amp),

@@ -29,6 +29,7 @@ from fastresnet.data.decode import decode, read_header, upright
 from fastresnet.train import ConfigError, Recipe
 from fastresnet.train.distributed import World
 from fastresnet.train.objective import Objective
+from fastresnet.train.two_eyes import other_eyes
 
 Dataset = ImageDataset | FileDataset
 ImagePart = ImageSet | FileSet
@@ -137,6 +138,32 @@ def shown(loader: Loader, part: ImagePart) -> Tensor:
     faults = getattr(loader, "faults", None)
     skipped = faults.files if faults is not None and faults.on_error == "skip" else {}
     return torch.tensor([index for index in range(len(part)) if index not in skipped])
+
+
+def check_two_eyes(recipe: Recipe, *parts: ImagePart) -> None:
+    """Whether the recipe can grade the eyes of a patient together, if it is to.
+
+    Raises:
+        ConfigError: it trains no regression, or nobody knows whose images the parts show.
+    """
+    if not recipe.evaluation.two_eyes:
+        return
+    if recipe.loss.kind != "regression":
+        raise ConfigError(
+            "evaluation.two_eyes: expected a regression on the grade (loss.kind=regression), got "
+            f"loss.kind={recipe.loss.kind}"
+        )
+    if any(getattr(part, "groups", None) is None for part in parts):
+        raise ConfigError(
+            "evaluation.two_eyes: expected a data set that names the patient of each image, as "
+            "10_left and 10_right do, got one that does not"
+        )
+
+
+def other_eye(part: FileSet, loader: Loader) -> Tensor:
+    """Of the images of ``part`` that an evaluation shows, which one shows the same patient's other
+    eye: int64 [N]."""
+    return other_eyes(part.groups[shown(loader, part)])
 
 
 def pixels(part: ImagePart, index: int) -> np.ndarray:

@@ -223,6 +223,9 @@ class EvaluationConfig:
     flips: bool = False  # test on the mean over the image and its flips, both ways and each
     # Where a regression's grades part, chosen for the validation images' kappa.
     tune_thresholds: bool = True
+    # A regression's grade of an eye and of the patient's other one are added up, by weights that
+    # fit the validation images best.
+    two_eyes: bool = False
 
     def __post_init__(self) -> None:
         _require(self.referable > 0, "evaluation.referable", "at least 1", self.referable)

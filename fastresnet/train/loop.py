@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -43,6 +43,7 @@ from fastresnet.train.optim import build_optimizer, schedule_factor, set_learnin
 from fastresnet.train.precision import autocast, resolve_amp
 from fastresnet.train.progress import EpochProgress, speed
 from fastresnet.train.randomness import seed_step
+from fastresnet.train.two_eyes import Fusion, fit_fusion
 
 Selection = Literal["accuracy", "kappa", "loss"]
 
@@ -93,10 +94,12 @@ def _or_lowest(value: float | None) -> float:
 
 @dataclass(frozen=True)
 class TestResult:
-    """What the best weights do on the test images; ``thresholds`` are those of a regression."""
+    """What the best weights do on the test images; ``thresholds`` are those of a regression,
+    ``fusion`` is how the grades of a patient's eyes were added up."""
 
     evaluation: Evaluation
     thresholds: Tensor | None
+    fusion: Fusion | None
 
 
 class Trainer:
@@ -247,23 +250,43 @@ class Trainer:
             self._metrics.load_state_dict(state["metrics"])
             self._journal.go_back(state["journal"], step=state["step"] + 1)
 
-    def test(self, loader: Loader) -> TestResult:
-        """Reloads the best weights and evaluates them, at the image size of their epoch."""
+    def test(
+        self, loader: Loader, *, others: Callable[[Loader], Tensor] | None = None
+    ) -> TestResult:
+        """Reloads the best weights and evaluates them, at the image size of their epoch.
+
+        Args:
+            loader: the test batches, this process's share of them.
+            others: which image shows the other eye of the same patient
+                (:func:`fastresnet.train.two_eyes.other_eyes`) among those that a loader has just
+                given; needed for ``evaluation.two_eyes``.
+
+        Raises:
+            ConfigError: ``evaluation.two_eyes`` without pairs among the validation images.
+        """
         load_weights(self.best_weights, self.model)
         best = self.history.best
         self._loader_state = None
-        thresholds = None
-        if self._objective.is_regression and self._recipe.evaluation.tune_thresholds:
+        settings = self._recipe.evaluation
+        thresholds = fusion = None
+        if self._objective.is_regression and (settings.tune_thresholds or settings.two_eyes):
             self._val_loader.set_epoch(0, image_size=best.image_size)
             validation = self._evaluate(self.model, self._val_loader, "thresholds", final=True)
-            thresholds = tune_thresholds(
-                validation.grades, validation.labels, classes=validation.classes
-            )
+            if settings.two_eyes:
+                eyes = others(self._val_loader)
+                fusion = fit_fusion(validation, eyes)
+                validation = fusion.applied(validation, eyes)
+            if settings.tune_thresholds:
+                thresholds = tune_thresholds(
+                    validation.grades, validation.labels, classes=validation.classes
+                )
         loader.set_epoch(0, image_size=best.image_size)
         evaluation = self._evaluate(self.model, loader, "test", final=True)
-        if thresholds is not None:
+        if fusion is not None:
+            evaluation = fusion.applied(evaluation, others(loader))
+        if thresholds is not None or fusion is not None:
             evaluation = regraded(evaluation, self._objective, thresholds)
-        return TestResult(evaluation, thresholds)
+        return TestResult(evaluation, thresholds, fusion)
 
     def _gave_up(self) -> bool:
         patience = self._recipe.schedule.patience

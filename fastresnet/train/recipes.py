@@ -215,7 +215,8 @@ def retinopathy_kappa() -> Recipe:
     tested on the mean over flips.
 
     Meant for photographs that ``fastresnet dataset prepare --crop-border`` has freed from what is
-    dark around them, and for ``--pretrained``.
+    dark around them, and for ``--pretrained``. ``evaluation.two_eyes=true`` grades a patient's eyes
+    together.
     """
     return replace(
         retinopathy_resnet50(),
