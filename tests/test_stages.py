@@ -241,6 +241,24 @@ def test_a_stem_without_a_pool_is_such_an_input(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("convolutions_at_every_level")
+@pytest.mark.parametrize("frozen", ["conv1 bn1", "conv1 bn1 layer1", "conv1 bn1 layer1 layer2.0"])
+def test_what_a_frozen_part_does_not_save_is_not_saved_for_it(
+    monkeypatch: pytest.MonkeyPatch, frozen: str
+) -> None:
+    model = fastresnet.models.cifar_resnet18().to(memory_format=torch.channels_last)
+    for name in frozen.split():
+        model.get_submodule(name).requires_grad_(False)
+    x = channels_last(2, 3, 32, 32)
+    chained = saved_bytes(model, x)
+    monkeypatch.delitem(stages._CHAINS, "cpu")
+    # The input of the first block that is trained is saved, of the inputs behind it every other.
+    sizes = [128 * 16 * 16, 256 * 8 * 8, 512 * 4 * 4]
+    if frozen == "conv1 bn1":
+        sizes.append(64 * 32 * 32)
+    assert saved_bytes(model, x) - chained == 4 * 2 * sum(sizes)
+
+
+@pytest.mark.usefixtures("convolutions_at_every_level")
 def test_a_chain_is_checkpointed_as_one() -> None:
     model = fastresnet.models.resnet18(num_classes=5).to(memory_format=torch.channels_last)
     twin = copy.deepcopy(model)

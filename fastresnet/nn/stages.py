@@ -58,7 +58,9 @@ def _run_nodes(blocks: Sequence[Block], x: Tensor, source: Join | None) -> Tenso
             x, source = block(x), None
             continue
         x, join = result
-        source = join if join.is_made_of_saved(source is None) else None
+        # A block without anything to train saves nothing.
+        saved = x.requires_grad and join.is_made_of_saved(source is None)
+        source = join if saved else None
     return x
 
 

@@ -37,7 +37,8 @@ def pooled_stem(
         if windows is not None and ops.has_max_pool_kernel(x.x, **windows):
             return ops.bn_relu_max_pool(*x[:5], **windows, eps=x.eps, training=x.training), None
         if type(pool) is nn.Identity and not has_hooks(pool):
-            return x.relu(), _made_of(x)
+            out = x.relu()
+            return out, _made_of(x) if out.requires_grad else None
     x = fused_call(relu, x)
     return pool(x), None
 
