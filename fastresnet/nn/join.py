@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the input of a residual block is made of: where that is saved for backward anyway, the block
-saves it instead of its input, which the backward then computes anew."""
+"""What a residual block ends with, as the node behind it knows it: on the CPU to save it instead of
+its input (:mod:`fastresnet.nn.residual`), on CUDA to compute it (:mod:`fastresnet.nn.segments`).
+"""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ Settings = list[tuple[float, bool]]
 
 
 def taken_apart(join: Join) -> tuple[list[Tensor], Settings]:
-    """The tensors, which only ``save_for_backward`` may keep, and what is left."""
+    """The tensors, as arguments of a node and for ``save_for_backward``, and what is left."""
     norms = [part for part in join if isinstance(part, Normalized)]
     tensors = [tensor for norm in norms for tensor in norm[:5]]
     if isinstance(join.shortcut, Tensor):

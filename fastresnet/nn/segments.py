@@ -26,6 +26,7 @@ from .. import ops
 from ..ops import Geometry, Normalized, conv_graph
 from .batch_norm import PendingBatchNorm, add_relu, is_relu
 from .blocks import BasicBlock, Bottleneck
+from .join import Join, Settings, put_together, taken_apart
 from .links import (
     Link,
     channels_fit,
@@ -55,17 +56,6 @@ class Branches(NamedTuple):
 
     x: PendingBatchNorm
     residual: PendingBatchNorm | Tensor
-
-
-class Join(NamedTuple):
-    """What a segment knows of the batch norms in front of it, beside their tensors."""
-
-    eps: float
-    residual_eps: float | None  # None: the shortcut has none
-
-    @property
-    def tensors(self) -> int:
-        return 6 if self.residual_eps is None else 10
 
 
 def run_segments(blocks: Sequence[BasicBlock | Bottleneck], x: Tensor) -> Tensor | None:
@@ -126,16 +116,10 @@ def _run_segment(convolutions: Convolutions, x: Tensor, branches: Branches | Non
     """The join of ``branches`` (the block's input ``x`` where there are none yet) and the
     convolutions behind it."""
     links, projection, counts = convolutions
-    if branches is None:
-        join, head = None, [x]
-    else:
-        last, residual = branches
-        dual = isinstance(residual, PendingBatchNorm)
-        join = Join(last.eps, residual.eps if dual else None)
-        head = [*last[:5], *(residual[:5] if dual else [residual])]
+    head, settings = ([x], None) if branches is None else taken_apart(_join(branches))
     weights = [link.conv.weight for link in convolutions.every]
     norms = [vector for link in links[:-1] for vector in (link.bn.weight, link.bn.bias)]
-    y, shortcut, *statistics = _Segment.apply(convolutions, join, *head, *weights, *norms)
+    y, shortcut, *statistics = _Segment.apply(convolutions, settings, *head, *weights, *norms)
     remember(convolutions.every, statistics, counts)
     if projection is not None:
         shortcut = _pending(projection, shortcut, *statistics[-2:])
@@ -143,25 +127,30 @@ def _run_segment(convolutions: Convolutions, x: Tensor, branches: Branches | Non
     return Branches(_pending(links[-1], y, *statistics[last : last + 2]), shortcut)
 
 
+def _join(branches: Branches) -> Join:
+    parts = (Normalized(*b) if isinstance(b, PendingBatchNorm) else b for b in branches)
+    return Join(*parts)
+
+
 def _pending(link: Link, y: Tensor, mean: Tensor, var: Tensor) -> PendingBatchNorm:
     return PendingBatchNorm(y, mean, var, link.bn.weight, link.bn.bias, link.bn.eps, True)
 
 
 class _Segment(torch.autograd.Function):
-    """forward(convolutions, join, *head, *weights, *norms) returns the raw output of the last
+    """forward(convolutions, settings, *head, *weights, *norms) returns the raw output of the last
     convolution, that of the projection (without one, the join's output), and mean and biased
     variance behind each convolution.
 
-    head: the block's input, or of the last batch norm in front its input, mean, var, weight and
-    bias, and of the shortcut the same, or just itself. weights: those of all convolutions. norms:
-    weight and bias of the batch norms between them.
+    settings and head: those of the join in front (:func:`fastresnet.nn.join.taken_apart`), or None
+    and the block's input. weights: those of all convolutions. norms: weight and bias of the batch
+    norms between them.
     """
 
     @staticmethod
-    def forward(ctx: Any, convolutions: Convolutions, join: Join | None, *tensors: Tensor):
+    def forward(ctx: Any, convolutions: Convolutions, settings: Settings | None, *tensors: Tensor):
         links, projection, _ = convolutions
-        head, weights, norms = _parts(convolutions, join, tensors)
-        x, mask = (head[0], None) if join is None else _joined(join, head)
+        head, weights, norms = _parts(convolutions, tensors)
+        x, mask = (head[0], None) if settings is None else _join_in_front(head, settings).forward()
         weights = [_as_filter(weight, x) for weight in weights]
         inputs, between, statistics = [x], [], []
         for index, link in enumerate(links):
@@ -176,22 +165,22 @@ class _Segment(torch.autograd.Function):
         if projection is not None:
             shortcut, *found = conv_graph.conv_stats(x, weights[-1], _geometry(projection))
             statistics += found
-        ctx.convolutions, ctx.join = convolutions, join
+        ctx.convolutions, ctx.settings = convolutions, settings
         ctx.eps = [link.bn.eps for link in links]  # of the forward, whatever becomes of the modules
         ctx.mark_non_differentiable(*statistics)
-        ctx.save_for_backward(*head, mask, *weights, *inputs, *between)
+        ctx.save_for_backward(mask, *weights, *inputs, *between, *head)
         return y, shortcut, *statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, shortcut_grad: Tensor, *_statistics):
-        convolutions, join = ctx.convolutions, ctx.join
+        convolutions = ctx.convolutions
         links, projection, _ = convolutions
-        saved = iter(ctx.saved_tensors)
-        head = _take(saved, 1 if join is None else join.tensors)
-        (mask,) = _take(saved, 1)
+        mask, *saved = ctx.saved_tensors
+        saved = iter(saved)
         weights, inputs = _take(saved, len(convolutions.every)), _take(saved, len(links))
         between = [Normalized(*_take(saved, 5), eps, True) for eps in ctx.eps[:-1]]
+        head = list(saved)
 
         grad, addend = (
             g.contiguous(memory_format=torch.channels_last) for g in (grad, shortcut_grad)
@@ -221,12 +210,13 @@ class _Segment(torch.autograd.Function):
 
 
 def _parts(
-    convolutions: Convolutions, join: Join | None, tensors: Sequence[Tensor]
+    convolutions: Convolutions, tensors: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """head, weights and norms."""
     rest = iter(tensors)
-    head = _take(rest, 1 if join is None else join.tensors)
-    return head, _take(rest, len(convolutions.every)), list(rest)
+    weights, norms = len(convolutions.every), 2 * len(convolutions.links) - 2
+    head = _take(rest, len(tensors) - weights - norms)
+    return head, _take(rest, weights), list(rest)
 
 
 def _take(tensors: Iterator[Tensor], count: int) -> list[Tensor]:
@@ -241,15 +231,15 @@ def _as_filter(weight: Tensor, x: Tensor) -> Tensor:
     return weight.to(dtype=x.dtype, memory_format=torch.channels_last)
 
 
-def _joined(join: Join, head: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The output and mask of the join in front."""
-    own = (*head[:3], *(vector.float() for vector in head[3:5]))
-    if join.residual_eps is None:
-        return torch.ops.fastresnet.bn_add_relu.default(*own, head[5], join.eps, True)
-    other = (*head[5:8], *(vector.float() for vector in head[8:]))
-    return torch.ops.fastresnet.bn_add_bn_relu.default(
-        *own, *other, join.eps, join.residual_eps, True
+def _join_in_front(head: Sequence[Tensor], settings: Settings) -> Join:
+    """With weights and biases as the kernels take them."""
+    parts = (
+        part._replace(weight=part.weight.float(), bias=part.bias.float())
+        if isinstance(part, Normalized)
+        else part
+        for part in put_together(head, settings)
     )
+    return Join(*parts)
 
 
 def _head_gradients(
@@ -257,15 +247,12 @@ def _head_gradients(
 ) -> list[Tensor | None]:
     """Those of ``head``, from ``grad``, that of the first convolution's output, and ``addend``,
     that of the shortcut."""
-    join, geometry = ctx.join, _geometry(ctx.convolutions.links[0])
-    if join is None:
+    geometry = _geometry(ctx.convolutions.links[0])
+    if ctx.settings is None:
         wanted = ctx.needs_input_grad[2]
         return [conv_graph.dgrad_add(grad, weight, addend, geometry) if wanted else None]
-    x = Normalized(*head[:3], *(vector.float() for vector in head[3:5]), join.eps, True)
-    residual = None
-    if join.residual_eps is not None:
-        vectors = (vector.float() for vector in head[8:])
-        residual = Normalized(*head[5:8], *vectors, join.residual_eps, True)
+    x, shortcut = _join_in_front(head, ctx.settings)
+    residual = shortcut if isinstance(shortcut, Normalized) else None
     result = conv_graph.dgrad_join(grad, weight, addend, mask, x, residual, geometry)
     own = [result.x, None, None, result.weight, result.bias]
     if residual is None:
