@@ -113,15 +113,25 @@ struct Share {
   Range channel_block(int64_t part) const { return {part % blocks, part % blocks + 1}; }
 };
 
+// All of a weight, packed for the time of a call, or nothing.
+class PackedWeight {
+ public:
+  PackedWeight(const WeightPacking& weight, bool wanted) : memory_(wanted ? weight.floats() : 0) {
+    if (wanted) weight.pack_all(memory_.floats());
+  }
+  const float* floats() const { return memory_.floats(); }
+
+ private:
+  Temporary memory_;
+};
+
 // The weight as the parts of a convolution that is shared out by channels multiply with it: each
 // part packs the block of its own, or, where that would be done for several blocks of pixels, all
 // are packed before.
 class PartWeight {
  public:
   PartWeight(const WeightPacking& weight, const ConvPlan& plan)
-      : weight_(weight), packed_(plan.blocks > 1 ? weight.floats() : 0) {
-    if (packed_.floats()) weight.pack_all(packed_.floats());
-  }
+      : weight_(weight), packed_(weight, plan.blocks > 1) {}
 
   const float* block(int64_t channel_block) const {
     if (packed_.floats()) return packed_.floats() + channel_block * weight_.block_floats();
@@ -132,7 +142,7 @@ class PartWeight {
 
  private:
   const WeightPacking& weight_;
-  Temporary packed_;
+  PackedWeight packed_;
 };
 
 OutputMoments forward_by_blocks(const ConvForwardParams& p, const WeightPacking& weight) {
@@ -143,8 +153,7 @@ OutputMoments forward_by_blocks(const ConvForwardParams& p, const WeightPacking&
   const int64_t out_blocks = channel_blocks(plan.shape.out_channels);
   const int64_t floats = table.conv_staged_floats(plan, p.dtype);
   OutputMoments moments(parts, plan.shape.out_channels);
-  const Temporary packed(weight.floats());
-  weight.pack_all(packed.floats());
+  const PackedWeight packed(weight, true);
   parallel(parts, [&](int64_t part) {
     float *staged = own_staged(floats), *window = own_window(plan);
     for (int64_t i = plan.blocks * part / parts; i < plan.blocks * (part + 1) / parts; ++i) {
@@ -205,8 +214,7 @@ std::vector<double> backward_by_blocks(const ConvBackwardParams& p, const Weight
   const Temporary gradients(parts * share);
   float* shares = gradients.floats();
   std::vector<double> sums(parts * 2 * s.channels);
-  const Temporary packed(p.dx ? weight.floats() : 0);
-  if (p.dx) weight.pack_all(packed.floats());
+  const PackedWeight packed(weight, p.dx != nullptr);
   parallel(parts, [&](int64_t part) {
     float *staged = own_staged(floats), *window = own_window(plan);
     const int64_t first = plan.blocks * part / parts;
