@@ -121,6 +121,31 @@ def test_a_run_with_both_eyes_and_its_evaluation_agree(data: Path, tmp_path: Pat
     torch.testing.assert_close(grades[folder], expected)
 
 
+def test_an_evaluation_needs_a_run_that_fused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = apply_overrides(
+        RECIPES["retinopathy-kappa"](), [*SETTINGS, "evaluation.two_eyes=false"]
+    )
+    folder = tmp_path / "run"
+    console = Console(file=io.StringIO())
+    assert train_recipe(recipe, open_data(recipe, data), folder=folder, console=console)
+    arguments = ["eval", str(folder), "--data", str(data), "--set", "evaluation.two_eyes=true"]
+    assert main(arguments) == 2
+    assert "expected a run that was tested with it" in capsys.readouterr().err
+
+
+def test_pairs_are_missed_before_training(tmp_path: Path) -> None:
+    """Not behind the last epoch."""
+    grades = (np.arange(60) % 5).tolist()
+    alone = list(range(60))  # a patient each
+    write_retinopathy(photographs(60), grades, alone, tmp_path / "data", test=alone[48:])
+    recipe = apply_overrides(RECIPES["retinopathy-kappa"](), SETTINGS)
+    with pytest.raises(ConfigError, match="expected validation images of both eyes"):
+        train_recipe(recipe, open_data(recipe, tmp_path / "data"), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -41,19 +41,24 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(soft_wrap=True)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    weights, recipe, image_size, thresholds, fusion = _read(arguments.run)
-    recipe = apply_overrides(recipe, arguments.overrides)
+    trained = _read(arguments.run)
+    recipe = apply_overrides(trained.recipe, arguments.overrides)
     dataset = open_data(recipe, arguments.data)
     part = getattr(split(recipe, dataset), arguments.part)
     device = resolve_device(recipe.device)
     world = World()
     loader = build_loader(recipe, part, training=False, device=device, world=world)
     objective = build_objective(recipe, dataset, dataset.train.labels)
-    check_two_eyes(recipe, part)
+    if recipe.evaluation.two_eyes:
+        check_two_eyes(recipe, part)
+        if trained.fusion is None:
+            raise ConfigError(
+                f"evaluation.two_eyes: expected a run that was tested with it, got {arguments.run}"
+            )
     model = build_network(recipe, dataset, outputs=objective.outputs).to(device)
-    load_weights(weights, model)
+    load_weights(trained.weights, model)
     model.to(memory_format=torch.channels_last)
-    loader.set_epoch(0, image_size=image_size)
+    loader.set_epoch(0, image_size=trained.image_size)
     evaluation = evaluate(
         model,
         loader,
@@ -62,11 +67,11 @@ def run(arguments: argparse.Namespace) -> int:
         console=console,
         title=arguments.part,
         flips=recipe.evaluation.flips,
-        thresholds=thresholds,
+        thresholds=trained.thresholds,
     )
-    if recipe.evaluation.two_eyes and fusion is not None:
-        evaluation = fusion.applied(evaluation, other_eye(part, loader))
-        evaluation = regraded(evaluation, objective, thresholds)
+    if recipe.evaluation.two_eyes:
+        evaluation = trained.fusion.applied(evaluation, other_eye(part, loader))
+        evaluation = regraded(evaluation, objective, trained.thresholds)
     ordinal = recipe.evaluation.ordinal
     line = format_figures(evaluation, ordinal=ordinal).removeprefix("test ")
     console.print(f"{arguments.part} part of {dataset.source}: {line}", highlight=False)
@@ -86,9 +91,17 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read(path: Path) -> tuple[Path, Recipe, int | None, torch.Tensor | None, Fusion | None]:
-    """The weights, their recipe, the image size they were chosen at, a regression's thresholds,
-    how it adds up a patient's eyes."""
+class Trained(NamedTuple):
+    """What a run left."""
+
+    weights: Path
+    recipe: Recipe
+    image_size: int | None  # at which the weights were chosen
+    thresholds: torch.Tensor | None  # of a regression
+    fusion: Fusion | None  # of the grades of a patient's eyes
+
+
+def _read(path: Path) -> Trained:
     weights = path / "best.safetensors" if path.is_dir() else path
     if not weights.is_file():
         raise ConfigError(f"expected the folder of a run, or a file of its weights, got {path}")
@@ -103,7 +116,7 @@ def _read(path: Path) -> tuple[Path, Recipe, int | None, torch.Tensor | None, Fu
     recipe = from_dict(run["recipe"])
     summary = _summary(weights.parent)
     thresholds, fusion = summary.get("thresholds"), summary.get("fusion")
-    return (
+    return Trained(
         weights,
         recipe,
         run["image_size"],

@@ -45,6 +45,7 @@ from fastresnet.train.report import write_report
 from fastresnet.train.revision import source_revision
 from fastresnet.train.run_directory import write_json
 from fastresnet.train.step_timing import StepTiming, format_timing, time_steps
+from fastresnet.train.two_eyes import check_pairs, other_eyes
 
 
 def train_recipe(
@@ -91,7 +92,9 @@ def train_recipe(
         for part, training in ((parts.train, True), (parts.validation, False), (parts.test, False))
     )
     objective = build_objective(recipe, dataset, parts.train.labels)
-    check_two_eyes(recipe, parts.validation, parts.test)
+    if recipe.evaluation.two_eyes:
+        check_two_eyes(recipe, parts.validation, parts.test)
+        check_pairs(other_eyes(parts.validation.groups))
     model = build_network(recipe, dataset, outputs=objective.outputs).to(device)
     if world.size > 1 and recipe.sync_batch_norm:
         sync_batch_norm(model)

@@ -141,13 +141,11 @@ def shown(loader: Loader, part: ImagePart) -> Tensor:
 
 
 def check_two_eyes(recipe: Recipe, *parts: ImagePart) -> None:
-    """Whether the recipe can grade the eyes of a patient together, if it is to.
+    """Whether the recipe can grade the eyes of a patient together.
 
     Raises:
         ConfigError: it trains no regression, or nobody knows whose images the parts show.
     """
-    if not recipe.evaluation.two_eyes:
-        return
     if recipe.loss.kind != "regression":
         raise ConfigError(
             "evaluation.two_eyes: expected a regression on the grade (loss.kind=regression), got "

@@ -59,6 +59,21 @@ def other_eyes(patients: Tensor) -> Tensor:
     return others
 
 
+def check_pairs(others: Tensor) -> None:
+    """Whether some of the validation images show both eyes of a patient.
+
+    Args:
+        others: as :func:`other_eyes` finds them.
+
+    Raises:
+        ConfigError: none do.
+    """
+    if torch.equal(others, torch.arange(len(others))):
+        raise ConfigError(
+            "evaluation.two_eyes: expected validation images of both eyes of a patient, got none"
+        )
+
+
 def fit_fusion(evaluation: Evaluation, others: Tensor) -> Fusion:
     """The weights whose grades are nearest to the labels, in the sum of squares.
 
@@ -69,10 +84,7 @@ def fit_fusion(evaluation: Evaluation, others: Tensor) -> Fusion:
     Raises:
         ConfigError: no patient has two images.
     """
-    if torch.equal(others, torch.arange(len(others))):
-        raise ConfigError(
-            "evaluation.two_eyes: expected validation images of both eyes of a patient, got none"
-        )
+    check_pairs(others)
     grades = evaluation.grades.double()
     columns = torch.stack([grades, grades[others], torch.ones_like(grades)], dim=1)
     labels = evaluation.labels.double()[:, None]
