@@ -301,9 +301,8 @@ def test_a_fold_is_kept_until_something_changes(
 def test_a_forward_with_gradients_and_to_drop_folds(
     calls: list[str], block: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(
-        stages._CHAINS, "cpu", stages._run_forks
-    )  # a chain does not call its blocks
+    # A chain does not call its blocks.
+    monkeypatch.setitem(stages._CHAINS, "cpu", stages._run_forks)
     x = channels_last(2, 64, 6, 6)
     chain = nn.Sequential(block)
     drops = (lambda: block(x), lambda: stages.run_stages([chain], x), block.float, block.train)
