@@ -87,10 +87,11 @@ STABLE_TORCH_LIBRARY(fastresnet, m) {
       "Tensor? addend, Tensor? addend_mask, int stride, int padding, int dilation, int groups, "
       "bool wants_dx) "
       "-> (Tensor dx, Tensor dweight, Tensor dbn_weight, Tensor dbn_bias, Tensor x_sums)");
-  // Outputs a side that conv_stats computes together (1: by the sum over taps). For tests.
+  // How conv_stats or conv_bn_backward computes: outputs a side together (1: by the sum over taps),
+  // and whether its planes hold place after place. For tests.
   m.def(
-      "conv_tile(Tensor x, Tensor weight, int stride, int padding, int dilation, int groups) -> "
-      "int");
+      "conv_method(Tensor x, Tensor weight, int stride, int padding, int dilation, int groups, "
+      "bool backward) -> (int tile, bool by_places)");
   m.def(
       "bn_sums(Tensor grad, Tensor? mask, Tensor x, Tensor mean, Tensor? residual, "
       "Tensor? residual_mean) -> (Tensor sums, Tensor residual_sums)");

@@ -40,10 +40,18 @@ TILED_SHAPES = {
     "tails_of_all": (7, 40, 13, 11, 72),
     "several_blocks_an_image": (1, 32, 70, 65, 32),
     "several_images_a_block": (40, 96, 7, 7, 32),
-    "smallest_maps": (64, 64, 2, 2, 32),
-    "two_rows": (20, 32, 2, 40, 64),
+    "two_rows": (6, 32, 2, 130, 64),
     # Shared out by channels, the weight's gradient some blocks at a time.
-    "more_weights_than_pixels": (34, 288, 4, 4, 64),
+    "more_weights_than_pixels": (90, 288, 4, 4, 64),
+}
+# Maps so small that most taps meet padding, of enough images: planes hold place after place.
+PLACED_SHAPES = {
+    "smallest_maps": (64, 64, 2, 2, 64),
+    "one_pixel": (45, 40, 1, 1, 72),
+    "uneven_maps": (39, 32, 3, 2, 64),
+    # Shared out by channels; the second by images too.
+    "more_weights_than_pixels": (19, 96, 2, 3, 160),
+    "deep_and_narrow": (17, 320, 2, 2, 32),
 }
 # kernel, stride, padding, dilation, groups
 GEOMETRIES = {
@@ -182,17 +190,45 @@ def test_minimal_filtering_against_float64(shape, dtype, prologue):
     batch, channels, height, width, out_channels = shape
     x = channels_last(batch, channels, height, width, dtype=dtype)
     weight = torch.empty(out_channels, channels, 3, 3)
-    tile = torch.ops.fastresnet.conv_tile(x, weight, 1, 1, 1, 1)
     small = dtype == torch.float32 or min(height, width) <= 2
     on_tiles = torch.ops.fastresnet.isa() == "amx" and dtype == torch.bfloat16
-    assert tile == (1 if on_tiles else 2 if small else 4)
+    for backward in (False, True):
+        tile, by_places = torch.ops.fastresnet.conv_method(x, weight, 1, 1, 1, 1, backward)
+        assert tile == 1 if on_tiles else (tile, by_places) == (2 if small else 4, False)
     check(shape, GEOMETRIES["3x3"], dtype, prologue)
+
+
+@pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", ["3x3", "3x3/2"])
+@pytest.mark.parametrize("shape", PLACED_SHAPES.values(), ids=PLACED_SHAPES)
+def test_planes_of_places_against_float64(shape, geometry, dtype, prologue):
+    batch, channels, height, width, out_channels = shape
+    kernel, *rest = GEOMETRIES[geometry]
+    x = channels_last(batch, channels, height, width, dtype=dtype)
+    weight = torch.empty(out_channels, channels, kernel, kernel)
+    for backward in (False, True):
+        assert torch.ops.fastresnet.conv_method(x, weight, *rest, backward) == (1, True)
+    check(shape, GEOMETRIES[geometry], dtype, prologue)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [16, 64])
+def test_planes_of_places_in_groups(width, dtype):
+    channels, groups = 128, 128 // width
+    x = channels_last(33, channels, 2, 2, dtype=dtype)
+    weight = torch.empty(channels, width, 3, 3)
+    assert torch.ops.fastresnet.conv_method(x, weight, 1, 1, 1, groups, True) == (1, True)
+    check((33, channels, 2, 2, channels), (3, 1, 1, 1, groups), dtype, prologue=True)
 
 
 def test_minimal_filtering_is_for_what_it_saves_products_of():
     x = channels_last(8, 64, 16, 16, dtype=torch.float32)
     square, row = torch.empty(64, 64, 3, 3), torch.empty(64, 64, 1, 3)
-    tile = torch.ops.fastresnet.conv_tile
+
+    def tile(x: Tensor, weight: Tensor, *geometry: int) -> int:
+        return torch.ops.fastresnet.conv_method(x, weight, *geometry, False)[0]
+
     assert tile(x, square, 1, 1, 1, 1) == 2
     for geometry in ((2, 1, 1, 1), (1, 0, 1, 1), (1, 2, 2, 1)):
         assert tile(x, square, *geometry) == 1
@@ -224,7 +260,7 @@ def test_weight_gradient_is_no_long_sum():
     bn = Normalized(y, *ops.bn_stats(y), torch.rand(64) + 0.5, torch.zeros(64), 1e-5, False)
     sums = torch.zeros(2, 64, dtype=torch.float64)
     arguments = (grad, None, sums, bn, normalized(x), weight)
-    assert torch.ops.fastresnet.conv_tile(x, weight, 1, 1, 1, 1) == 2
+    assert torch.ops.fastresnet.conv_method(x, weight, 1, 1, 1, 1, True) == (2, False)
     ours, torchs = (
         module.conv_bn_backward(*arguments, padding=1).weight for module in (ops, reference)
     )
@@ -235,8 +271,8 @@ def test_weight_gradient_is_no_long_sum():
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize(
     "shape",
-    [(5, 64, 9, 7, 64), (40, 96, 7, 7, 32), (360, 256, 4, 4, 256)],
-    ids=["few_rows", "rows_and_channels", "several_shared_blocks"],
+    [(5, 64, 9, 7, 64), (40, 96, 7, 7, 32), (360, 256, 4, 4, 256), (45, 320, 2, 2, 64)],
+    ids=["few_rows", "rows_and_channels", "several_shared_blocks", "places"],
 )
 def test_threads_share_alike(shape, kernel, threads):
     """However many threads share a convolution, by blocks or by channels, in one or several blocks
@@ -260,8 +296,14 @@ def test_threads_share_alike(shape, kernel, threads):
 @pytest.mark.parametrize("geometry", ["1x1", "3x3", "3x3/2", "1x1/2"])
 @pytest.mark.parametrize(
     "shape",
-    [(7, 40, 13, 11, 72), (3, 160, 3, 4, 192), (34, 288, 4, 4, 64), (1, 32, 70, 65, 32)],
-    ids=["by_blocks", "by_channels", "several_shared_blocks", "blocks_of_rows"],
+    [
+        (7, 40, 13, 11, 72),
+        (3, 160, 3, 4, 192),
+        (34, 288, 4, 4, 64),
+        (1, 32, 70, 65, 32),
+        (35, 96, 2, 3, 64),
+    ],
+    ids=["by_blocks", "by_channels", "several_shared_blocks", "blocks_of_rows", "places"],
 )
 def test_memory_may_hold_anything_before(shape, geometry, dtype):
     """Scratch memory is what results of before have left."""

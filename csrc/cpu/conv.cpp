@@ -77,10 +77,14 @@ std::optional<BatchNorm> check_prologue(const char* op, const Tensor& x,
   return check_batch_norm(op, x, *mean, *var, *weight, &*bias, eps);
 }
 
-int64_t conv_tile_cpu(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding,
-                      int64_t dilation, int64_t groups) {
-  const ConvShape s = check_conv("conv_tile", x, weight, stride, padding, dilation, groups);
-  return choose_tile(s, dtype_of("conv_tile", x));
+std::tuple<int64_t, bool> conv_method_cpu(const Tensor& x, const Tensor& weight, int64_t stride,
+                                          int64_t padding, int64_t dilation, int64_t groups,
+                                          bool backward) {
+  constexpr const char* op = "conv_method";
+  const ConvShape s = check_conv(op, x, weight, stride, padding, dilation, groups);
+  const DType dtype = dtype_of(op, x);
+  const ConvPlan plan = (backward ? share_backward(s, dtype) : share_forward(s, dtype)).plan;
+  return {plan.tile, plan.by_places};
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(
@@ -194,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_backward_cpu(
 
 STABLE_TORCH_LIBRARY_IMPL(fastresnet, CPU, m) {
   using namespace fastresnet::cpu;
-  m.impl("conv_tile", TORCH_BOX(&conv_tile_cpu));
+  m.impl("conv_method", TORCH_BOX(&conv_method_cpu));
   m.impl("conv_stats", TORCH_BOX(&conv_stats_cpu));
   m.impl("conv_bn_backward", TORCH_BOX(&conv_bn_backward_cpu));
 }

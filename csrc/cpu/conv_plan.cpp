@@ -8,6 +8,13 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Outputs [0, outputs) that meet one of `pixels` pixels at a distance.
+Range met(int64_t distance, int64_t outputs, int64_t pixels) {
+  const int64_t begin = std::max<int64_t>(0, -distance);
+  return {begin, std::max(begin, std::min(outputs, pixels - distance))};
+}
 
 // A 1x1 convolution of stride 1 knows nothing of rows and images: all pixels form one column.
 ConvShape flatten(ConvShape s) {
@@ -20,9 +27,9 @@ ConvShape flatten(ConvShape s) {
 
 }  // namespace
 
-ConvPlan::ConvPlan(const ConvShape& given, int64_t tile, int64_t bytes_a_pixel, int64_t block_bytes,
-                   int64_t threads)
-    : shape(flatten(given)), tile(tile) {
+ConvPlan::ConvPlan(const ConvShape& given, ConvMethod method, int64_t bytes_a_pixel,
+                   int64_t block_bytes, int64_t threads)
+    : shape(flatten(given)), tile(method.tile), by_places(method.image_step > 0) {
   const ConvShape& s = shape;
   int64_t top = 0, bottom = 0, left = 0, right = 0;
   for (int64_t a = 0; a < s.stride; ++a)
@@ -57,6 +64,18 @@ ConvPlan::ConvPlan(const ConvShape& given, int64_t tile, int64_t bytes_a_pixel, 
     halo = margin = 0;
   }
   pitch = grid_width + margin;
+  column_pitch = 1;
+
+  if (by_places) {
+    rows = grid_height, blocks_an_image = 1, halo = margin = 0;
+    const int64_t fitting = block_bytes / (grid_height * grid_width * bytes_a_pixel);
+    images = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(1, s.batch / threads));
+    if (images > method.image_step) images -= images % method.image_step;
+    blocks = ceil_div(s.batch, images);
+    column_pitch = round_up(images, method.image_step);
+    pitch = grid_width * column_pitch;
+    return;
+  }
 
   const int64_t row_bytes = pitch * bytes_a_pixel;
   rows = std::clamp<int64_t>(block_bytes / row_bytes - 2 * halo, 1, grid_height);
@@ -81,11 +100,30 @@ ConvBlock ConvPlan::block(int64_t index) const {
 }
 
 int64_t ConvPlan::outputs(const ConvBlock& b, Range rows) const {
+  if (by_places) {
+    const int64_t all = shape.out_height * b.images;
+    return (std::min(rows.end, all) - std::min(rows.begin, all)) * shape.out_width;
+  }
   const int64_t of_image = std::clamp<int64_t>(shape.out_height - b.row * tile, 0, b.rows * tile);
   const auto before = [&](int64_t row) {
     return row / b.rows * of_image + std::min(row % b.rows * tile, of_image);
   };
   return (before(rows.end) - before(rows.begin)) * shape.out_width;
+}
+
+Range ConvPlan::rows_met(const Tap& tap) const {
+  return met(tap.row, shape.out_height, phases[tap.phase].height);
+}
+
+Range ConvPlan::columns_met(const Tap& tap) const {
+  return met(tap.column, shape.out_width, phases[tap.phase].width);
+}
+
+int64_t ConvPlan::rows_multiplied() const {
+  if (!by_places) return products() * shape.batch * grid_height * pitch;
+  int64_t places = 0;
+  for (const Tap& tap : taps) places += places_met(tap);
+  return places * blocks * column_pitch;
 }
 
 }  // namespace fastresnet::cpu

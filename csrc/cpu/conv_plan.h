@@ -13,6 +13,10 @@
 //
 // Where Winograd's minimal filtering computes `tile` x `tile` outputs together, the grid is one of
 // tiles, without any padding: a tile's lines hold all that its outputs need.
+//
+// On small maps most taps of most places meet padding. There a plane may hold one place after
+// another, each of all images of the block: a place's pixels are multiplied with the taps that meet
+// a pixel, and with no others.
 #pragma once
 
 #include <cstdint>
@@ -41,6 +45,13 @@ struct Tap {
   int64_t weight;       // kernel row * kernel width + kernel column
 };
 
+// Which products a convolution is made of.
+struct ConvMethod {
+  int64_t tile = 1;        // outputs a side that are computed together; 1: no minimal filtering
+  int64_t image_step = 0;  // planes hold place after place, each of a multiple of so many images;
+                           // 0: image after image
+};
+
 // What part of the grid a block is.
 struct ConvBlock {
   int64_t image, images, row, rows;
@@ -48,19 +59,21 @@ struct ConvBlock {
 
 struct ConvPlan {
   ConvShape shape;
-  int64_t tile;  // outputs a side that are computed together; 1: no minimal filtering
+  int64_t tile;  // as in ConvMethod
   std::vector<Phase> phases;
   std::vector<Tap> taps;  // by phase
   int64_t grid_height, grid_width;
   int64_t halo;             // zero (or neighbouring) rows above, below and between images
   int64_t margin;           // zero pixels before and behind a plane
   int64_t pitch;            // pixels from one row of a plane to the next
+  int64_t column_pitch;     // and from one column to the next
+  bool by_places;           // planes hold place after place
   int64_t images, rows;     // of a block, at most
   int64_t blocks_an_image;  // 1 where a block holds whole images
   int64_t blocks;
 
   // block_bytes: what the staged pixels of a block may take, if it has more than one row.
-  ConvPlan(const ConvShape& shape, int64_t tile, int64_t bytes_a_pixel, int64_t block_bytes,
+  ConvPlan(const ConvShape& shape, ConvMethod method, int64_t bytes_a_pixel, int64_t block_bytes,
            int64_t threads);
 
   ConvBlock block(int64_t index) const;
@@ -70,10 +83,18 @@ struct ConvPlan {
     return margin + (halo + image * (b.rows + halo) + row) * pitch;
   }
   int64_t first_place() const { return margin + halo * pitch; }
-  int64_t distance(const Tap& tap) const { return tap.row * pitch + tap.column; }
-  int64_t plane_pixels() const { return 2 * margin + (halo + images * (rows + halo)) * pitch; }
+  int64_t distance(const Tap& tap) const { return tap.row * pitch + tap.column * column_pitch; }
+  int64_t plane_pixels() const {
+    return by_places ? rows * pitch : 2 * margin + (halo + images * (rows + halo)) * pitch;
+  }
   // Pixels of the block whose products count: from the first image's first to the last's last.
-  int64_t span(const ConvBlock& b) const { return (b.images * (b.rows + halo) - halo) * pitch; }
+  int64_t span(const ConvBlock& b) const {
+    return by_places ? plane_pixels() : (b.images * (b.rows + halo) - halo) * pitch;
+  }
+  // Pixels of the block's planes up to the last that any tap reads.
+  int64_t staged_pixels(const ConvBlock& b) const {
+    return by_places ? plane_pixels() : at(b.images, 0, b) + margin + 1;
+  }
   // Products of matrices that the convolution is the sum, or the transform, of.
   int64_t products() const {
     return tile > 1 ? (tile + 2) * (tile + 2) : static_cast<int64_t>(taps.size());
@@ -81,8 +102,17 @@ struct ConvPlan {
   // The pixels under some rows of tiles of an image, and one more around them.
   int64_t window_pitch() const { return grid_width * tile + 2; }
   int64_t window_rows(int64_t grid_rows) const { return grid_rows * tile + 2; }
-  // Outputs in some rows of a block, counted through its images.
+  // Outputs in some rows of a block, counted through its images; with planes of places, in the
+  // first row of each of its images, then the second.
   int64_t outputs(const ConvBlock& b, Range rows) const;
+  // Rows and columns of the output at which the tap meets a pixel, and their places' number.
+  Range rows_met(const Tap& tap) const;
+  Range columns_met(const Tap& tap) const;
+  int64_t places_met(const Tap& tap) const {
+    return rows_met(tap).size() * columns_met(tap).size();
+  }
+  // Rows of all products of all blocks, those of padding included.
+  int64_t rows_multiplied() const;
 };
 
 }  // namespace fastresnet::cpu

@@ -56,19 +56,19 @@ int64_t input_bytes(const ConvShape& s, int64_t tile, DType dtype) {
 
 // Without a halo, small blocks cost nothing and leave the cache to the weights. Tiles are so large
 // when staged that a block is best no larger than what is multiplied at a time.
-ConvPlan plan_blocks(const ConvShape& s, int64_t tile, int64_t place_bytes) {
-  if (tile > 1) return ConvPlan(s, tile, 1, kBlockTiles, threads());
+ConvPlan plan_blocks(const ConvShape& s, ConvMethod method, int64_t place_bytes) {
+  if (method.tile > 1) return ConvPlan(s, method, 1, kBlockTiles, threads());
   const bool pointwise = s.kernel_height * s.kernel_width == 1 && s.stride == 1;
-  return ConvPlan(s, 1, place_bytes, second_level_cache() / (pointwise ? 16 : 4), threads());
+  return ConvPlan(s, method, place_bytes, second_level_cache() / (pointwise ? 16 : 4), threads());
 }
 
-ConvPlan plan_shared(const ConvShape& s, int64_t tile, int64_t place_bytes) {
-  return ConvPlan(s, tile, place_bytes, kSharedBytes, 1);
+ConvPlan plan_shared(const ConvShape& s, ConvMethod method, int64_t place_bytes) {
+  return ConvPlan(s, method, place_bytes, kSharedBytes, 1);
 }
 
 // All pixels in one block.
-ConvPlan plan_whole(const ConvShape& s, int64_t tile, int64_t place_bytes) {
-  return ConvPlan(s, tile, place_bytes, std::numeric_limits<int64_t>::max() / 2, 1);
+ConvPlan plan_whole(const ConvShape& s, ConvMethod method, int64_t place_bytes) {
+  return ConvPlan(s, method, place_bytes, std::numeric_limits<int64_t>::max() / 2, 1);
 }
 
 // Staged pixels of a block of a thread's own.
@@ -278,49 +278,67 @@ std::vector<double> backward_by_channels(const ConvBackwardParams& p, const Weig
   return sums;
 }
 
-}  // namespace
-
-// By what the products cost: (tile + 2)^2 of them for the tiles, of single floats, against 9 for
-// the pixels and the padding between rows, of as many values as a line holds. Packing a product's
-// weights costs what so many rows of it would.
-int64_t choose_tile(const ConvShape& s, DType dtype) {
-  constexpr int64_t kPacking = 40;
-  const bool possible = s.kernel_height == 3 && s.kernel_width == 3 && s.stride == 1 &&
-                        s.padding == 1 && s.dilation == 1 && s.groups == 1;
-  if (!possible) return 1;
+// How a convolution may be computed.
+std::vector<ConvMethod> methods(const ConvShape& s, DType dtype) {
   const KernelTable& table = kernels();
-  const auto cost = [&](int64_t tile) {
-    const int64_t height = (s.height + tile - 1) / tile, width = (s.width + tile - 1) / tile;
-    const int64_t products = tile > 1 ? (tile + 2) * (tile + 2) : 9;
-    const int64_t rows = s.batch * height * (tile > 1 ? width : width + 1);
-    return static_cast<double>(products * (rows + kPacking)) /
-           static_cast<double>(table.conv_line_channels(tile, dtype));
-  };
-  int64_t best = 1;
-  for (int64_t tile = 2; tile <= table.conv_largest_tile(dtype); tile *= 2)
-    if (cost(tile) < cost(best)) best = tile;
+  std::vector<ConvMethod> found{{}};
+  if (s.kernel_height * s.kernel_width > 1) found.push_back({1, table.conv_image_step(dtype)});
+  if (s.kernel_height == 3 && s.kernel_width == 3 && s.stride == 1 && s.padding == 1 &&
+      s.dilation == 1 && s.groups == 1)
+    for (int64_t tile = 2; tile <= table.conv_largest_tile(dtype); tile *= 2)
+      found.push_back({tile});
+  return found;
+}
+
+// What the products cost: their rows, of as many values as a line holds. Packing a product's
+// weights costs what so many rows of it would.
+double cost(const ConvPlan& plan, DType dtype) {
+  constexpr int64_t kPacking = 40;
+  return static_cast<double>(plan.rows_multiplied() + kPacking * plan.products()) /
+         static_cast<double>(kernels().conv_line_channels(plan.tile, dtype));
+}
+
+// The cheapest of what share(method) makes of the methods.
+template <class Share>
+Sharing cheapest(const ConvShape& s, DType dtype, Share share) {
+  // With fewer rows a product is not worth its begin and end.
+  constexpr int64_t kLeastImages = 8;
+  const std::vector<ConvMethod> all = methods(s, dtype);
+  Sharing best = share(all[0]);
+  for (size_t i = 1; i < all.size(); ++i) {
+    Sharing other = share(all[i]);
+    if (other.plan.by_places && other.plan.images < kLeastImages) continue;
+    if (cost(other.plan, dtype) < cost(best.plan, dtype)) best = std::move(other);
+  }
   return best;
 }
 
+}  // namespace
+
 Sharing share_forward(const ConvShape& s, DType dtype) {
   const KernelTable& table = kernels();
-  const int64_t tile = choose_tile(s, dtype), place_bytes = input_bytes(s, tile, dtype);
-  const ConvPlan whole = plan_whole(s, tile, place_bytes);
-  const int64_t weight_bytes =
-      padded_size(whole) / table.conv_line_channels(tile, dtype) * kLineBytes;
-  const int64_t whole_bytes = int64_t{sizeof(float)} * table.conv_staged_floats(whole, dtype);
-  if (threads() * weight_bytes > 2 * whole_bytes) return {true, plan_shared(s, tile, place_bytes)};
-  return {false, plan_blocks(s, tile, place_bytes)};
+  return cheapest(s, dtype, [&](ConvMethod method) -> Sharing {
+    const int64_t place_bytes = input_bytes(s, method.tile, dtype);
+    const ConvPlan whole = plan_whole(s, method, place_bytes);
+    const int64_t weight_bytes =
+        padded_size(whole) / table.conv_line_channels(method.tile, dtype) * kLineBytes;
+    const int64_t whole_bytes = int64_t{sizeof(float)} * table.conv_staged_floats(whole, dtype);
+    if (threads() * weight_bytes > 2 * whole_bytes)
+      return {true, plan_shared(s, method, place_bytes)};
+    return {false, plan_blocks(s, method, place_bytes)};
+  });
 }
 
 Sharing share_backward(const ConvShape& s, DType dtype) {
-  const int64_t tile = choose_tile(s, dtype);
-  const int64_t place_bytes =
-      input_bytes(s, tile, dtype) + (tile > 1 ? 2 : 1) * staged_bytes(s.out_channels, tile, dtype);
-  const ConvPlan whole = plan_whole(s, tile, place_bytes);
-  if (threads() * padded_size(whole) > kernels().conv_backward_staged_floats(whole, dtype))
-    return {true, plan_shared(s, tile, place_bytes)};
-  return {false, plan_blocks(s, tile, place_bytes)};
+  return cheapest(s, dtype, [&](ConvMethod method) -> Sharing {
+    const int64_t place_bytes =
+        input_bytes(s, method.tile, dtype) +
+        (method.tile > 1 ? 2 : 1) * staged_bytes(s.out_channels, method.tile, dtype);
+    const ConvPlan whole = plan_whole(s, method, place_bytes);
+    if (threads() * padded_size(whole) > kernels().conv_backward_staged_floats(whole, dtype))
+      return {true, plan_shared(s, method, place_bytes)};
+    return {false, plan_blocks(s, method, place_bytes)};
+  });
 }
 
 OutputMoments::OutputMoments(int64_t groups, int64_t channels)

@@ -15,9 +15,6 @@
 
 namespace fastresnet::cpu {
 
-// Outputs a side of a convolution that are computed together: ConvPlan::tile.
-int64_t choose_tile(const ConvShape& s, DType dtype);
-
 struct Sharing {
   bool by_channels;
   ConvPlan plan;

@@ -8,6 +8,9 @@ namespace fastresnet::cpu {
 // Those from begin to before end.
 struct Range {
   int64_t begin, end;
+
+  int64_t size() const { return end - begin; }
+  bool has(int64_t i) const { return begin <= i && i < end; }
 };
 
 }  // namespace fastresnet::cpu

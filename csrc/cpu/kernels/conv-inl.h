@@ -43,24 +43,36 @@ void conv_forward_of(const ConvForwardParams& p, const ConvBlock& block, float* 
   const ConvShape& s = plan.shape;
   const StagedInput<E> staged(plan, memory);
   const Plane& first = staged.planes[plan.taps[0].phase];
-  std::vector<int64_t> distances;
-  for (const Tap& tap : plan.taps)
-    distances.push_back(staged.planes[tap.phase].lines - first.lines + plan.distance(tap) * kLine);
-
-  const int64_t taps = static_cast<int64_t>(distances.size());
   const int64_t chunks = met_by_output(s, 0).count * kBlockPanels<E>;
-  const Pixels pixels{nullptr, first.panel_stride, distances.data(), taps, chunks};
-  const int64_t weight_block = taps * chunks * kLine * kChannelBlock;
+  const int64_t tap_block = chunks * kLine * kChannelBlock;
+  std::vector<TapOffset> taps;
+  for (const Tap& tap : plan.taps)
+    taps.push_back({staged.planes[tap.phase].lines - first.lines + plan.distance(tap) * kLine,
+                    static_cast<int64_t>(taps.size()) * tap_block});
+  const int64_t count = static_cast<int64_t>(taps.size());
+  const auto taps_at = [&](int64_t row, int64_t column, std::vector<TapOffset>& at) {
+    const int64_t place = (row * plan.pitch + column * plan.column_pitch) * kLine;
+    for (int64_t i = 0; i < count; ++i)
+      if (plan.rows_met(plan.taps[i]).has(row) && plan.columns_met(plan.taps[i]).has(column))
+        at.push_back({taps[i].pixels + place, taps[i].weights});
+  };
+
+  const Pixels pixels{nullptr, first.panel_stride, taps.data(), count, chunks};
   const OutputStore<T> store_output{static_cast<T*>(p.y), s.out_channels, p.past_caches, moments};
   for (int64_t n = out_blocks.begin; n < out_blocks.end; ++n) {
     bool set_shift = moments.first;
     const int64_t panel = met_by_output(s, n).first * kBlockPanels<E>;
-    for_products<E>(
-        plan, block, source_of_output(plan), rows, pixels, first.lines + panel * first.panel_stride,
-        weight + (n - out_blocks.begin) * weight_block, [&](const float* tile, const Runs& runs) {
-          store_output(tile, runs, n * kChannelBlock, set_shift);
-          set_shift = false;
-        });
+    const float* lines = first.lines + panel * first.panel_stride;
+    const float* of_block = weight + (n - out_blocks.begin) * count * tap_block;
+    const auto store = [&](const float* tile, const Runs& runs) {
+      store_output(tile, runs, n * kChannelBlock, set_shift);
+      set_shift = false;
+    };
+    if (plan.by_places)
+      for_place_products<E>(block, source_of_output(plan), rows, pixels, lines, of_block, taps_at,
+                            store);
+    else
+      for_products<E>(plan, block, source_of_output(plan), rows, pixels, lines, of_block, store);
   }
   finish_streams();
 }
@@ -156,7 +168,7 @@ void conv_backward_stage_of(const ConvBackwardParams& p, const ConvBlock& block,
 
   if constexpr (E::kDepth == 2) {
     const int64_t span = plan.span(block);
-    const int64_t pixels = plan.at(block.images, 0, block) + plan.margin + 1;
+    const int64_t pixels = plan.staged_pixels(block);
     pair_plane<E>(staged.gradients, of_output, plan.first_place(), span, staged.left);
     for (int64_t panel = 2 * of_output.begin; panel < 2 * of_output.end; ++panel)
       for (int64_t i = 0; 2 * i < span; i += E::kOuterStep)
@@ -177,24 +189,36 @@ void conv_input_gradient_of(const ConvBackwardParams& p, const ConvBlock& block,
   const ConvPlan& plan = *p.plan;
   const StagedBackward<E> staged(plan, memory);
   const Plane& gradients = staged.gradients;
-  std::vector<int64_t> distances;
-  for (const Tap& tap : plan.taps) distances.push_back(-plan.distance(tap) * kLine);
-
-  const int64_t taps = static_cast<int64_t>(distances.size());
   const int64_t chunks = met_by_input(plan.shape, 0).count * kBlockPanels<E>;
   const int64_t tap_block = chunks * kLine * kChannelBlock;
+  std::vector<TapOffset> taps;
+  for (const Tap& tap : plan.taps)
+    taps.push_back({-plan.distance(tap) * kLine, static_cast<int64_t>(taps.size()) * tap_block});
+  const int64_t count = static_cast<int64_t>(taps.size());
   const InputGradientStore<T> store_gradient{p, sums, sums + plan.shape.channels};
   for (const Phase& phase : plan.phases) {
-    const Pixels pixels{nullptr, gradients.panel_stride, distances.data() + phase.first_tap,
-                        phase.taps, chunks};
+    const TapOffset* of_phase = taps.data() + phase.first_tap;
+    const Pixels pixels{nullptr, gradients.panel_stride, of_phase, phase.taps, chunks};
+    const auto taps_at = [&](int64_t row, int64_t column, std::vector<TapOffset>& at) {
+      const int64_t place = (row * plan.pitch + column * plan.column_pitch) * kLine;
+      for (int64_t i = 0; i < phase.taps; ++i) {
+        const Tap& tap = plan.taps[phase.first_tap + i];
+        if (plan.rows_met(tap).has(row - tap.row) && plan.columns_met(tap).has(column - tap.column))
+          at.push_back({of_phase[i].pixels + place, of_phase[i].weights});
+      }
+    };
     for (int64_t c = in_blocks.begin; c < in_blocks.end; ++c) {
       const int64_t panel = met_by_input(plan.shape, c).first * kBlockPanels<E>;
-      for_products<E>(plan, block, source_of_phase(plan, phase), rows, pixels,
-                      gradients.lines + panel * gradients.panel_stride,
-                      weight + ((c - in_blocks.begin) * taps + phase.first_tap) * tap_block,
-                      [&](const float* tile, const Runs& runs) {
-                        store_gradient(tile, runs, c * kChannelBlock);
-                      });
+      const float* lines = gradients.lines + panel * gradients.panel_stride;
+      const float* of_block = weight + (c - in_blocks.begin) * count * tap_block;
+      const auto store = [&](const float* tile, const Runs& runs) {
+        store_gradient(tile, runs, c * kChannelBlock);
+      };
+      const Source to = source_of_phase(plan, phase);
+      if (plan.by_places)
+        for_place_products<E>(block, to, rows, pixels, lines, of_block, taps_at, store);
+      else
+        for_products<E>(plan, block, to, rows, pixels, lines, of_block, store);
     }
   }
   finish_streams();
@@ -217,8 +241,13 @@ void conv_weight_gradient_of(const ConvBackwardParams& p, const ConvBlock& block
       for (const Tap& tap : plan.taps) {
         const int64_t place = staged.place(plan, tap);
         Lines right = staged.right[tap.phase][place % E::kDepth];
-        right.first += 2 * c * right.panel_stride + place / E::kDepth * kLine;
-        outer_product<E>(left, right, steps, add, dweight);
+        right.first += 2 * c * right.panel_stride;
+        if (plan.by_places) {
+          place_outer_products<E>(plan, tap, left, right, add, dweight);
+        } else {
+          right.first += place / E::kDepth * kLine;
+          outer_product<E>(left, right, steps, add, dweight);
+        }
         dweight += kChannelBlock * kChannelBlock;
       }
   }
@@ -244,6 +273,15 @@ int64_t conv_largest_tile(DType dtype) {
     if (Element<T>::kMinimalFiltering) tile = std::is_same_v<T, float> ? 2 : 4;
   });
   return tile;
+}
+
+int64_t conv_image_step(DType dtype) {
+  int64_t step = 1;
+  for_dtype(dtype, [&](auto zero) {
+    using E = Element<decltype(zero)>;
+    step = E::kDepth * E::kOuterStep;
+  });
+  return step;
 }
 
 int64_t conv_line_channels(int64_t tile, DType dtype) {

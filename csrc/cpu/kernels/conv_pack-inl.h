@@ -55,10 +55,15 @@ void conv_pack_of(const ConvWeight& weight, const ConvPlan& plan, bool transpose
   const ConvShape& s = plan.shape;
   const MetBlocks met = transposed ? met_by_input(s, block) : met_by_output(s, block);
   const int64_t column = block * kChannelBlock, row = met.first * kChannelBlock;
+  const int64_t chunks = met.count * kBlockPanels<E>;
   for (const Tap& tap : plan.taps) {
+    if (plan.by_places && plan.places_met(tap) == 0) {  // never read
+      packed += chunks * kLine * kChannelBlock;
+      continue;
+    }
     const int64_t offset = tap.weight / s.kernel_width * weight.strides[2] +
                            tap.weight % s.kernel_width * weight.strides[3];
-    for (int64_t chunk = 0; chunk < met.count * kBlockPanels<E>; ++chunk) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       pack_chunk<E, W>(weight, s, transposed, column, row + chunk * kLineChannels<E>, offset,
                        packed);
       packed += kLine * kChannelBlock;

@@ -128,11 +128,27 @@ inline Source source_of_phase(const ConvPlan& plan, const Phase& phase) {
           s.stride * s.width, s.stride,    phase.row * s.width + phase.column};
 }
 
+// Some panels of a block's plane of places.
+template <class E, class Values>
+void stage_places(const ConvPlan& plan, const ConvBlock& block, const Source& source,
+                  const Plane& plane, Range panels, int64_t channels, const Values& values) {
+  for (int64_t row = 0; row < plan.grid_height; ++row)
+    for (int64_t column = 0; column < plan.grid_width; ++column) {
+      const int64_t at = row * plan.pitch + column * plan.column_pitch;
+      const bool inside = row < source.height && column < source.width;
+      const int64_t images = inside ? block.images : 0;
+      stage_run<E>(plane, panels, channels, at, images, source.pixel(block.image, row, column),
+                   source.image_pitch, values);
+      plane.zero(panels, at + images, plan.column_pitch - images);
+    }
+}
+
 // Some panels of a block's plane, its halo included, zeros wherever there is no value.
 template <class E, class Values>
 void stage_plane(const ConvPlan& plan, const ConvBlock& block, const Source& source,
                  const Plane& plane, Range panels, int64_t channels, const Values& values) {
   if (panels.begin >= panels.end) return;
+  if (plan.by_places) return stage_places<E>(plan, block, source, plane, panels, channels, values);
   plane.zero(panels, 0, plan.margin);
   for (int64_t image = 0; image < block.images; ++image) {
     // One column without padding: all rows are one run.

@@ -21,6 +21,8 @@
 
 #include "cpu/kernels/winograd-inl.h"
 
+#include "cpu/kernels/conv_places-inl.h"
+
 #include "cpu/kernels/conv-inl.h"
 
 #include "cpu/kernels/pixel-inl.h"
@@ -33,6 +35,7 @@ constexpr KernelTable kKernels = {
     .bn_backward_sums = bn_backward_sums,
     .bn_backward = bn_backward,
     .conv_largest_tile = conv_largest_tile,
+    .conv_image_step = conv_image_step,
     .conv_line_channels = conv_line_channels,
     .conv_packed_floats = conv_packed_floats,
     .conv_pack = conv_pack,

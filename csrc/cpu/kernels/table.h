@@ -46,6 +46,9 @@ struct KernelTable {
   // The largest ConvPlan::tile that may be chosen: 1, 2 or 4.
   int64_t (*conv_largest_tile)(DType dtype);
 
+  // ConvMethod::image_step, where there is one.
+  int64_t (*conv_image_step)(DType dtype);
+
   // Channels of one staged line, which is 64 bytes.
   int64_t (*conv_line_channels)(int64_t tile, DType dtype);
 
@@ -64,7 +67,7 @@ struct KernelTable {
   void (*conv_stage)(const ConvForwardParams& p, const ConvBlock& block, Range panels,
                      float* staged, float* window);
 
-  // Some rows (counted through the block's images) and blocks of 32 channels of y, from a block of
+  // Some rows (counted as ConvPlan::outputs does) and blocks of 32 channels of y, from a block of
   // which all is staged and those blocks of the weight, packed; and their moments.
   void (*conv_forward)(const ConvForwardParams& p, const ConvBlock& block, float* staged,
                        const float* weight, Range rows, Range out_blocks,

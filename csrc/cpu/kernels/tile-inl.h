@@ -75,13 +75,17 @@ struct Pair : OnVectors {
 };
 #endif
 
-// A matrix of pixels: `chunks` panels of lines, panel_stride floats apart, read once a tap at the
-// tap's distance (floats) from the first pixel.
+// Where a tap's pixels and its weights begin, in floats from the first ones.
+struct TapOffset {
+  int64_t pixels, weights;
+};
+
+// A matrix of pixels: `chunks` panels of lines, panel_stride floats apart, read once a tap.
 struct Pixels {
   const float* first;
   int64_t panel_stride;
-  const int64_t* distances;
-  int64_t taps, chunks;
+  const TapOffset* taps;
+  int64_t count, chunks;
   bool far = false;  // beyond the second-level cache, so that lines are asked for two panels ahead
 };
 
@@ -90,14 +94,15 @@ struct Pixels {
 constexpr int64_t kAhead = 32 * kChannelBlock;
 
 template <class Element, int rows>
-inline void multiply_rows(const Pixels& a, const float* b, float* c) {
+inline void multiply_rows(const Pixels& a, const float* weights, float* c) {
   Vec sums[rows][kProductVecs];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kProductVecs; ++v) sums[r][v] = broadcast(0.0f);
-  for (int64_t tap = 0; tap < a.taps; ++tap) {
-    const float* lines = a.first + a.distances[tap];
+  for (int64_t tap = 0; tap < a.count; ++tap) {
+    const float* lines = a.first + a.taps[tap].pixels;
+    const float* b = weights + a.taps[tap].weights;
     for (int64_t chunk = 0; chunk < a.chunks; ++chunk, lines += a.panel_stride) {
       if (a.far)
         for (int r = 0; r < rows; ++r) __builtin_prefetch(lines + 2 * a.panel_stride + r * kLine);
@@ -135,8 +140,8 @@ inline void multiply_some_rows(int64_t count, const Pixels& a, const float* b, f
   }
 }
 
-// c[rows, 32] = the pixels from a.first on, times b [taps, chunks, 16, 32]. Rows are shared out
-// evenly: a product of few rows waits for the ones before it.
+// c[rows, 32] = the pixels from a.first on, times b, [chunks, 16, 32] of each tap. Rows are shared
+// out evenly: a product of few rows waits for the ones before it.
 template <class Element>
 inline void multiply(Pixels a, const float* b, float* c, int64_t rows) {
   const float* first = a.first;

@@ -45,15 +45,16 @@ inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
 // 16 or 32 rows of the product.
 template <int row_tiles>
-inline void multiply_tiles(const Pixels& a, const float* b, float* c) {
+inline void multiply_tiles(const Pixels& a, const float* weights, float* c) {
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (row_tiles == 2) {
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t tap = 0; tap < a.taps; ++tap) {
-    const float* lines = a.first + a.distances[tap];
+  for (int64_t tap = 0; tap < a.count; ++tap) {
+    const float* lines = a.first + a.taps[tap].pixels;
+    const float* b = weights + a.taps[tap].weights;
     for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
       _tile_loadd(4, lines, kLineBytes);
       _tile_loadd(6, b, kColumnBytes);

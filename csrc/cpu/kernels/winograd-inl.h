@@ -113,11 +113,11 @@ struct Products {
   // Those of `count` tiles from the place `first` on, with one block of the packed weight.
   void multiply_tiles(const Positions& a, int64_t chunks, const float* weight,
                       int64_t weight_position, int64_t first, int64_t count) {
-    const int64_t no_distance = 0;
+    const TapOffset only{};
     const bool far = a.panel_stride > 2 * kBlockTiles * kLine;
     for (int64_t p = 0; p < kSide * kSide; ++p) {
       const float* lines = a.lines + p * a.position_stride + first * kLine;
-      multiply<Single>(Pixels{lines, a.panel_stride, &no_distance, 1, chunks, far},
+      multiply<Single>(Pixels{lines, a.panel_stride, &only, 1, chunks, far},
                        weight + p * weight_position, values + p * kPosition, count);
     }
   }
