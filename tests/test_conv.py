@@ -42,7 +42,7 @@ TILED_SHAPES = {
     "several_images_a_block": (40, 96, 7, 7, 32),
     "two_rows": (6, 32, 2, 130, 64),
     # Shared out by channels, the weight's gradient some blocks at a time.
-    "more_weights_than_pixels": (90, 288, 4, 4, 64),
+    "more_weights_than_pixels": (15, 288, 7, 8, 64),
 }
 # Maps so small that most taps meet padding, of enough images: planes hold place after place.
 PLACED_SHAPES = {
