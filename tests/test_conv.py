@@ -251,20 +251,30 @@ def test_minimal_filtering_of_what_cancels(dtype):
     assert_no_worse(ours, peer, exact, "y", exact.abs().max().item())
 
 
-def test_weight_gradient_is_no_long_sum():
+# The second is shared out by channels: each of its sums goes over all pixels.
+@pytest.mark.parametrize(
+    ("shape", "kernel", "count"), [((8, 64, 28, 28), 3, 2), ((16, 96, 14, 14), 1, 96)]
+)
+def test_weight_gradient_is_no_long_sum(shape, kernel, count, threads):
     """Where the batch norm is in evaluation mode the gradient of y is exact but for one product, so
     that what is lost is lost in adding up."""
     torch.manual_seed(0)
-    x, y, grad = (channels_last(8, 64, 28, 28, dtype=torch.float32) for _ in range(3))
-    weight = torch.randn(64, 64, 3, 3) / 24
-    bn = Normalized(y, *ops.bn_stats(y), torch.rand(64) + 0.5, torch.zeros(64), 1e-5, False)
-    sums = torch.zeros(2, 64, dtype=torch.float64)
-    arguments = (grad, None, sums, bn, normalized(x), weight)
-    assert torch.ops.fastresnet.conv_method(x, weight, 1, 1, 1, 1, True) == (2, False)
-    ours, torchs = (
-        module.conv_bn_backward(*arguments, padding=1).weight for module in (ops, reference)
+    threads(count)
+    channels = shape[1]
+    x, y, grad = (channels_last(*shape, dtype=torch.float32) for _ in range(3))
+    weight = torch.randn(channels, channels, kernel, kernel) / channels**0.5 / kernel
+    bn = Normalized(
+        y, *ops.bn_stats(y), torch.rand(channels) + 0.5, torch.zeros(channels), 1e-5, False
     )
-    exact = reference.conv_bn_backward(*map(to_float64, arguments), padding=1).weight
+    sums = torch.zeros(2, channels, dtype=torch.float64)
+    arguments = (grad, None, sums, bn, normalized(x), weight)
+    padding = kernel // 2
+    method = torch.ops.fastresnet.conv_method(x, weight, 1, padding, 1, 1, True)
+    assert method == (2 if kernel == 3 else 1, False)
+    ours, torchs = (
+        module.conv_bn_backward(*arguments, padding=padding).weight for module in (ops, reference)
+    )
+    exact = reference.conv_bn_backward(*map(to_float64, arguments), padding=padding).weight
     assert error(ours, exact) <= ERROR_RATIO * error(torchs, exact)
 
 

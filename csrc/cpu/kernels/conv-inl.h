@@ -246,7 +246,7 @@ void conv_weight_gradient_of(const ConvBackwardParams& p, const ConvBlock& block
           place_outer_products<E>(plan, tap, left, right, add, dweight);
         } else {
           right.first += place / E::kDepth * kLine;
-          outer_product<E>(left, right, steps, add, dweight);
+          long_outer_product<E>(left, right, steps, add, dweight);
         }
         dweight += kChannelBlock * kChannelBlock;
       }

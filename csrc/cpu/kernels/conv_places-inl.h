@@ -45,8 +45,8 @@ inline void place_outer_products(const ConvPlan& plan, const Tap& tap, const Lin
   for (int64_t row = rows.begin; row < rows.end; row += together) {
     const int64_t of_output = row * plan.pitch + columns.begin * plan.column_pitch;
     const int64_t of_input = of_output + plan.distance(tap);
-    outer_product<E>({left.first + of_output / E::kDepth * kLine, left.panel_stride},
-                     {right.first + of_input / E::kDepth * kLine, right.panel_stride}, lines,
-                     add || row > rows.begin, c);
+    long_outer_product<E>({left.first + of_output / E::kDepth * kLine, left.panel_stride},
+                          {right.first + of_input / E::kDepth * kLine, right.panel_stride}, lines,
+                          add || row > rows.begin, c);
   }
 }
