@@ -247,6 +247,13 @@ def test_memory_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (crashed.status, crashed.p50) == ("failed: exit status -9", None)
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.0734, "0.0734"), (12.34, "12.3"), (999.9, "1,000"), (215678, "216,000")]
+)
+def test_figures_have_three_digits_and_no_exponent(value, shown):
+    assert report.figure({"p50": value, "status": "ok"}) == shown
+
+
 def test_report_of_every_suite(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
