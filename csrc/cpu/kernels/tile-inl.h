@@ -205,9 +205,8 @@ inline void outer_product(const Lines& a, const Lines& b, int64_t count, bool ad
 }
 
 // The same of many lines, of which one sum would lose more bits than a sum of sums does.
-template <class Element>
+template <class Element, int64_t kLines = 256>
 inline void long_outer_product(Lines a, Lines b, int64_t count, bool add, float* c) {
-  constexpr int64_t kLines = 256;
   for (int64_t first = 0; first < count; first += kLines) {
     outer_product<Element>(a, b, std::min(kLines, count - first), add || first > 0, c);
     a.first += kLines * kLine, b.first += kLines * kLine;

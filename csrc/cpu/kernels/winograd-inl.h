@@ -285,12 +285,9 @@ void winograd_weight_gradient(const ConvBackwardParams& p, const ConvBlock& bloc
     for (int64_t n = out_blocks.begin; n < out_blocks.end; ++n)
       for (int64_t c = met.begin; c < met.end; ++c) {
         const int64_t pair = (n - out_blocks.begin) * met_count + c - met.begin;
-        for (int64_t first = 0; first < tiles; first += kBlockTiles) {
-          Lines left = at(staged.left, position, n), right = at(staged.right, position, c);
-          left.first += first * kLine, right.first += first * kLine;
-          outer_product<Single>(left, right, std::min(kBlockTiles, tiles - first), add || first > 0,
-                                dweight + (position * pairs + pair) * kPairSize);
-        }
+        long_outer_product<Single, kBlockTiles>(at(staged.left, position, n),
+                                                at(staged.right, position, c), tiles, add,
+                                                dweight + (position * pairs + pair) * kPairSize);
       }
 }
 
