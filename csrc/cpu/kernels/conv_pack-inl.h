@@ -1,23 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 // A convolution's weight in the order in which its products read it.
 
-// What the output channel n has for 32 input channels from c on, zeros beyond its group.
+// What the output channel n has for `count` input channels from c on, zeros beyond its group.
+// Weights come from memory: those of `ahead` values later are asked for.
 template <class W>
 inline void load_weights(const ConvWeight& weight, const ConvShape& s, int64_t n, int64_t c,
-                         int64_t tap_offset, float* values) {
+                         int64_t count, int64_t tap_offset, int64_t ahead, float* values) {
   const int64_t width = n < s.out_channels ? s.channels / s.groups : 0;
   const int64_t group = n / (s.out_channels / s.groups) * width;
-  const int64_t begin = std::clamp<int64_t>(group - c, 0, kChannelBlock);
-  const int64_t end = std::clamp<int64_t>(group + width - c, begin, kChannelBlock);
+  const int64_t begin = std::clamp<int64_t>(group - c, 0, count);
+  const int64_t end = std::clamp<int64_t>(group + width - c, begin, count);
   const int64_t stride = weight.strides[1];
   const W* from = static_cast<const W*>(weight.data) + n * weight.strides[0] +
                   (c - group) * stride + tap_offset;
-  if (stride == 1 && end - begin == kChannelBlock) {
-    for (int64_t i = 0; i < kChannelBlock; i += kWidth)
-      store(values + i, load(from + i, Full{}), Full{});
+  if (stride == 1 && end - begin == count) {
+    prefetch_pixel(from + ahead, 0, count);
+    for (int64_t i = 0; i < count; i += kWidth) store(values + i, load(from + i, Full{}), Full{});
     return;
   }
-  std::fill(values, values + kChannelBlock, 0.0f);
+  std::fill(values, values + count, 0.0f);
   for (int64_t i = begin; i < end; ++i) values[i] = static_cast<float>(from[i * stride]);
 }
 
@@ -26,11 +27,13 @@ inline void load_weights(const ConvWeight& weight, const ConvShape& s, int64_t n
 template <class E, class W>
 inline void pack_chunk(const ConvWeight& weight, const ConvShape& s, bool transposed,
                        int64_t column, int64_t from, int64_t tap_offset, float* packed) {
+  constexpr int64_t kRowsAhead = 16, kChannelsAhead = 128;
   float values[2][kChannelBlock];
   if (transposed) {
     for (int64_t k = 0; k < kLine; ++k) {
       for (int64_t i = 0; i < E::kDepth; ++i)
-        load_weights<W>(weight, s, from + k * E::kDepth + i, column, tap_offset, values[i]);
+        load_weights<W>(weight, s, from + k * E::kDepth + i, column, kChannelBlock, tap_offset,
+                        kRowsAhead * weight.strides[0], values[i]);
       for (int64_t i = 0; i < kChannelBlock; i += kWidth)
         store(packed + k * kChannelBlock + i,
               E::element(load(values[0] + i, Full{}), load(values[E::kDepth - 1] + i, Full{})),
@@ -41,7 +44,8 @@ inline void pack_chunk(const ConvWeight& weight, const ConvShape& s, bool transp
   for (int64_t half = 0; half < kChannelBlock; half += kLine) {
     alignas(64) float lines[kLine * kLine];
     for (int64_t i = 0; i < kLine; ++i) {
-      load_weights<W>(weight, s, column + half + i, from, tap_offset, values[0]);
+      load_weights<W>(weight, s, column + half + i, from, kLineChannels<E>, tap_offset,
+                      kChannelsAhead, values[0]);
       for (int64_t c = 0; c < kLineChannels<E>; c += kWidth)
         E::store_values(lines + i * kLine, c, load(values[0] + c, Full{}));
     }
