@@ -59,7 +59,7 @@ int64_t input_bytes(const ConvShape& s, int64_t tile, DType dtype) {
 ConvPlan plan_blocks(const ConvShape& s, ConvMethod method, int64_t place_bytes) {
   if (method.tile > 1) return ConvPlan(s, method, 1, kBlockTiles, threads());
   const bool pointwise = s.kernel_height * s.kernel_width == 1 && s.stride == 1;
-  return ConvPlan(s, method, place_bytes, second_level_cache() / (pointwise ? 16 : 4), threads());
+  return ConvPlan(s, method, place_bytes, second_level_cache() / (pointwise ? 8 : 4), threads());
 }
 
 ConvPlan plan_shared(const ConvShape& s, ConvMethod method, int64_t place_bytes) {
@@ -313,6 +313,10 @@ Sharing cheapest(const ConvShape& s, DType dtype, Share share) {
   return best;
 }
 
+// How much rather a convolution is shared out by channels: planes of places hold whole images, of
+// which a cache of a thread's own has room for few.
+int64_t preference(ConvMethod method) { return method.image_step > 0 ? 4 : 1; }
+
 }  // namespace
 
 Sharing share_forward(const ConvShape& s, DType dtype) {
@@ -323,7 +327,7 @@ Sharing share_forward(const ConvShape& s, DType dtype) {
     const int64_t weight_bytes =
         padded_size(whole) / table.conv_line_channels(method.tile, dtype) * kLineBytes;
     const int64_t whole_bytes = int64_t{sizeof(float)} * table.conv_staged_floats(whole, dtype);
-    if (threads() * weight_bytes > 2 * whole_bytes)
+    if (preference(method) * threads() * weight_bytes > 2 * whole_bytes)
       return {true, plan_shared(s, method, place_bytes)};
     return {false, plan_blocks(s, method, place_bytes)};
   });
@@ -335,7 +339,8 @@ Sharing share_backward(const ConvShape& s, DType dtype) {
         input_bytes(s, method.tile, dtype) +
         (method.tile > 1 ? 2 : 1) * staged_bytes(s.out_channels, method.tile, dtype);
     const ConvPlan whole = plan_whole(s, method, place_bytes);
-    if (threads() * padded_size(whole) > kernels().conv_backward_staged_floats(whole, dtype))
+    const int64_t staged_floats = kernels().conv_backward_staged_floats(whole, dtype);
+    if (preference(method) * threads() * padded_size(whole) > staged_floats)
       return {true, plan_shared(s, method, place_bytes)};
     return {false, plan_blocks(s, method, place_bytes)};
   });

@@ -4,8 +4,9 @@
 // By blocks: each thread stages blocks of pixels of its own in its second-level cache, and reads
 // the whole weight for each. By channels: all threads stage the pixels together, then each takes
 // some channels of the result, so that every weight is read, and every gradient of a weight
-// written, once. That is the better way where there are more weights than pixels. Where there are
-// fewer blocks of channels than threads, they share out the pixels too.
+// written, once. That is the better way where there are more weights than pixels, and for planes of
+// places, which are whole images, with fewer weights already. Where there are fewer blocks of
+// channels than threads, they share out the pixels too.
 #pragma once
 
 #include <vector>
