@@ -251,6 +251,19 @@ def test_minimal_filtering_of_what_cancels(dtype):
     assert_no_worse(ours, peer, exact, "y", exact.abs().max().item())
 
 
+def test_output_is_no_long_sum():
+    """Sixteen times as many products lose about as many bits: they are a sum of sums."""
+    torch.manual_seed(0)
+
+    def lost(channels: int) -> float:
+        x = channels_last(2, channels, 7, 7, dtype=torch.float32)
+        weight = torch.randn(64, channels, 1, 1) / channels**0.5
+        exact = reference.conv_stats(x.double(), weight.double())[0]
+        return error(ops.conv_stats(x, weight)[0], exact)
+
+    assert lost(4096) <= 2 * lost(256)
+
+
 # The second is shared out by channels: each of its sums goes over all pixels.
 @pytest.mark.parametrize(
     ("shape", "kernel", "count"), [((8, 64, 28, 28), 3, 2), ((16, 96, 14, 14), 1, 96)]

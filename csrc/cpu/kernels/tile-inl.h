@@ -94,7 +94,7 @@ struct Pixels {
 constexpr int64_t kAhead = 32 * kChannelBlock;
 
 template <class Element, int rows>
-inline void multiply_rows(const Pixels& a, const float* weights, float* c) {
+inline void multiply_rows(const Pixels& a, const float* weights, bool add, float* c) {
   Vec sums[rows][kProductVecs];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
@@ -126,32 +126,55 @@ inline void multiply_rows(const Pixels& a, const float* weights, float* c) {
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kProductVecs; ++v)
-      store(c + r * kChannelBlock + v * kWidth, sums[r][v], Full{});
+    for (int v = 0; v < kProductVecs; ++v) {
+      float* to = c + r * kChannelBlock + v * kWidth;
+      store(to, add ? load(to, Full{}) + sums[r][v] : sums[r][v], Full{});
+    }
 }
 
 // The instance for so many rows, at most `rows`.
 template <class Element, int rows = kProductRows>
-inline void multiply_some_rows(int64_t count, const Pixels& a, const float* b, float* c) {
+inline void multiply_some_rows(int64_t count, const Pixels& a, const float* b, bool add, float* c) {
   if (count == rows) {
-    multiply_rows<Element, rows>(a, b, c);
+    multiply_rows<Element, rows>(a, b, add, c);
   } else if constexpr (rows > 1) {
-    multiply_some_rows<Element, rows - 1>(count, a, b, c);
+    multiply_some_rows<Element, rows - 1>(count, a, b, add, c);
   }
 }
 
-// c[rows, 32] = the pixels from a.first on, times b, [chunks, 16, 32] of each tap. Rows are shared
-// out evenly: a product of few rows waits for the ones before it.
+// c[rows, 32] = the pixels from a.first on, times b, [chunks, 16, 32] of each tap, added to c if so
+// wished. Rows are shared out evenly: a product of few rows waits for the ones before it.
 template <class Element>
-inline void multiply(Pixels a, const float* b, float* c, int64_t rows) {
+inline void multiply_once(Pixels a, const float* b, bool add, float* c, int64_t rows) {
   const float* first = a.first;
   const int64_t parts = (rows + kProductRows - 1) / kProductRows;
   for (int64_t column = 0; column < kChannelBlock; column += kProductColumns)
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
       a.first = first + begin * kLine;
-      multiply_some_rows<Element>(end - begin, a, b + column, c + begin * kChannelBlock + column);
+      multiply_some_rows<Element>(end - begin, a, b + column, add,
+                                  c + begin * kChannelBlock + column);
     }
+}
+
+// The same without adding, of any number of taps and chunks: one sum over many of them would lose
+// more bits than a sum of sums does.
+template <class Element>
+inline void multiply(const Pixels& a, const float* b, float* c, int64_t rows) {
+  constexpr int64_t kChunks = 32;
+  const int64_t taps = std::max<int64_t>(1, kChunks / a.chunks);
+  int64_t tap = 0;  // there may be none
+  do {
+    for (int64_t chunk = 0; chunk < a.chunks; chunk += kChunks) {
+      Pixels some = a;
+      some.first += chunk * a.panel_stride;
+      some.taps += tap;
+      some.count = std::min(taps, a.count - tap);
+      some.chunks = std::min(kChunks, a.chunks - chunk);
+      multiply_once<Element>(some, b + chunk * kLine * kChannelBlock, tap + chunk > 0, c, rows);
+    }
+    tap += taps;
+  } while (tap < a.count);
 }
 
 // A matrix of pixels of which 32 channels are taken: panels of 16.
