@@ -172,11 +172,11 @@ void stage_plane(const ConvPlan& plan, const ConvBlock& block, const Source& sou
   plane.zero(panels, plan.at(block.images, 0, block), plan.margin + 1);
 }
 
-// Asks for the lines of memory that hold channels [begin, end) of a pixel.
+// Asks for the lines of memory that hold channels [begin, end) of a pixel or a weight.
 template <class T>
-inline void prefetch_pixel(const T* pixel, int64_t begin, int64_t end) {
+inline void prefetch_channels(const T* values, int64_t begin, int64_t end) {
   constexpr int64_t kStep = 64 / sizeof(T);
-  for (int64_t c = begin; c < end; c += kStep) __builtin_prefetch(pixel + c, 0, 2);
+  for (int64_t c = begin; c < end; c += kStep) __builtin_prefetch(values + c, 0, 2);
 }
 
 // What is staged: given the channels, a function from a pixel of memory to a Vec.
@@ -199,7 +199,7 @@ struct InputValues {
     };
   }
   void prefetch(int64_t pixel, int64_t begin, int64_t end) const {
-    prefetch_pixel(x + pixel * channels, begin, end);
+    prefetch_channels(x + pixel * channels, begin, end);
   }
 };
 
@@ -230,7 +230,7 @@ struct OutputGradients {
     };
   }
   void prefetch(int64_t pixel, int64_t begin, int64_t end) const {
-    prefetch_pixel(grad + pixel * channels, begin, end);
-    prefetch_pixel(y + pixel * channels, begin, end);
+    prefetch_channels(grad + pixel * channels, begin, end);
+    prefetch_channels(y + pixel * channels, begin, end);
   }
 };

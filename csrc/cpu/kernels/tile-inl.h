@@ -160,7 +160,7 @@ inline void multiply_once(Pixels a, const float* b, bool add, float* c, int64_t 
 // The same without adding, of any number of taps and chunks: one sum over many of them would lose
 // more bits than a sum of sums does.
 template <class Element>
-inline void multiply(const Pixels& a, const float* b, float* c, int64_t rows) {
+inline void multiply(Pixels a, const float* b, float* c, int64_t rows) {
   constexpr int64_t kChunks = 32;
   const int64_t taps = std::max<int64_t>(1, kChunks / a.chunks);
   int64_t tap = 0;  // there may be none

@@ -79,9 +79,8 @@ inline void multiply_tiles(const Pixels& a, const float* weights, float* c) {
 }
 
 template <>
-inline void multiply<TilePair>(const Pixels& pixels, const float* b, float* c, int64_t rows) {
+inline void multiply<TilePair>(Pixels a, const float* b, float* c, int64_t rows) {
   finish_stores();
-  Pixels a = pixels;
   for (int64_t row = 0; row < rows; row += 2 * kAmxRows) {
     if (rows - row > kAmxRows)
       multiply_tiles<2>(a, b, c);
