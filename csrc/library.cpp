@@ -88,10 +88,11 @@ STABLE_TORCH_LIBRARY(fastresnet, m) {
       "bool wants_dx) "
       "-> (Tensor dx, Tensor dweight, Tensor dbn_weight, Tensor dbn_bias, Tensor x_sums)");
   // How conv_stats or conv_bn_backward computes: outputs a side together (1: by the sum over taps),
-  // and whether its planes hold place after place. For tests.
+  // whether its planes hold place after place, and whether its pixels are patches. For tests.
   m.def(
       "conv_method(Tensor x, Tensor weight, int stride, int padding, int dilation, int groups, "
-      "bool backward) -> (int tile, bool by_places)");
+      "bool normalised, bool backward, bool wants_dx) "
+      "-> (int tile, bool by_places, bool patches)");
   m.def(
       "bn_sums(Tensor grad, Tensor? mask, Tensor x, Tensor mean, Tensor? residual, "
       "Tensor? residual_mean) -> (Tensor sums, Tensor residual_sums)");

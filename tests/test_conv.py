@@ -5,7 +5,7 @@ with torch's own error as the yardstick."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -64,6 +64,18 @@ GEOMETRIES = {
     "7x7/2": (7, 2, 3, 1, 1),
     "5x5_wide_padding": (5, 3, 4, 1, 1),
 }
+# Images, and convolutions of so few channels: batch, channels, height, width, out_channels.
+IMAGES = {
+    "several_blocks": (2, 3, 61, 58, 64),
+    "smaller_than_the_kernel": (9, 3, 5, 6, 40),
+    "grey": (3, 1, 19, 32, 32),
+    "more_weights_than_pixels": (1, 3, 7, 7, 192),
+}
+PATCHED = {
+    "3x3": (3, 1, 1, 1, 1),
+    "7x7/2": (7, 2, 3, 1, 1),
+    "5x5_wide_padding": (5, 3, 4, 1, 1),
+}
 # channels, groups
 GROUPS = {
     "quarter_blocks": (64, 8),
@@ -103,7 +115,9 @@ def to_float64(value):
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def run(module, x, weight, grad, mask, bn_weight, addend, addend_mask, geometry, y=None):
+def run(
+    module, x, weight, grad, mask, bn_weight, addend, addend_mask, geometry, y=None, wants_dx=True
+):
     """Forward and backward of one convolution; ``y`` replaces the forward's output, so that the
     backward of all is asked for the same."""
     names = dict(zip(("stride", "padding", "dilation", "groups"), geometry, strict=True))
@@ -115,17 +129,39 @@ def run(module, x, weight, grad, mask, bn_weight, addend, addend_mask, geometry,
     )  # fmt: skip
     sums, _ = module.bn_sums(grad, mask, y.x, y.mean)
     gradients = module.conv_bn_backward(
-        grad, mask, sums, y, x, weight, addend=addend, addend_mask=addend_mask, **names
+        *(grad, mask, sums, y, x, weight),
+        **names,
+        addend=addend,
+        addend_mask=addend_mask,
+        wants_dx=wants_dx,
     )
     return results | {"first_sums": sums} | gradients._asdict()
 
 
-def check(shape, geometry, dtype, prologue):
+def method(
+    x: Tensor,
+    weight: Tensor,
+    geometry: Sequence[int],
+    *,
+    backward: bool,
+    normalised: bool = True,
+    wants_dx: bool = True,
+) -> str:
+    """Which products a convolution is made of."""
+    tile, by_places, patches = torch.ops.fastresnet.conv_method(
+        x, weight, *geometry, normalised, backward, wants_dx
+    )
+    assert (tile > 1) + by_places + patches <= 1
+    return "places" if by_places else "patches" if patches else f"tiles of {tile}"
+
+
+def check(shape, geometry, dtype, prologue, wants_dx=True, layout=torch.contiguous_format):
     batch, channels, height, width, out_channels = shape
     kernel, *rest = geometry
     stride, padding, dilation, groups = rest
     width = channels // groups
     weight = torch.randn(out_channels, width, kernel, kernel) * (width * kernel**2) ** -0.5
+    weight = weight.contiguous(memory_format=layout)
     if min(height, width) + 2 * padding < dilation * (kernel - 1) + 1:
         return
     x = channels_last(batch, channels, height, width, dtype=dtype)
@@ -143,13 +179,13 @@ def check(shape, geometry, dtype, prologue):
         return torch.randint(256, (n, h, w, (c + 7) // 8), dtype=torch.uint8)
 
     mask, addend, addend_mask = bits(y), None, None
-    if not prologue:
+    if not prologue and wants_dx:
         addend = channels_last(*x.shape, dtype=dtype)
         addend_mask = bits(x)
     arguments = (source, weight, grad, mask, torch.rand(out_channels) + 0.5, addend, addend_mask)
-    ours = run(ops, *arguments, rest, y)
-    torchs = run(reference, *arguments, rest, y)
-    exact = run(reference, *map(to_float64, arguments), rest, y.double())
+    ours = run(ops, *arguments, rest, y, wants_dx)
+    torchs = run(reference, *arguments, rest, y, wants_dx)
+    exact = run(reference, *map(to_float64, arguments), rest, y.double(), wants_dx)
     rows = y.numel() // out_channels
     for name, value in exact.items():
         if value is None:
@@ -162,6 +198,8 @@ def check(shape, geometry, dtype, prologue):
         if name == "sums":  # of dx as stored
             value = reference.bn_sums(ours["x"].double(), None, x.double(), source.mean.double())[0]
         assert ours[name].shape == value.shape, name
+        if name == "weight":
+            assert ours[name].is_contiguous(memory_format=layout)
         largest = ours["y"].double().abs().max().item()  # a mean is a sum of these
         scale = {"first_sums": rows, "sums": x.numel() / channels, "mean": largest}.get(name)
         scale = value.abs().max().item() if scale is None else scale
@@ -193,8 +231,9 @@ def test_minimal_filtering_against_float64(shape, dtype, prologue):
     small = dtype == torch.float32 or min(height, width) <= 2
     on_tiles = torch.ops.fastresnet.isa() == "amx" and dtype == torch.bfloat16
     for backward in (False, True):
-        tile, by_places = torch.ops.fastresnet.conv_method(x, weight, 1, 1, 1, 1, backward)
-        assert tile == 1 if on_tiles else (tile, by_places) == (2 if small else 4, False)
+        made_of = method(x, weight, (1, 1, 1, 1), backward=backward)
+        expected = ("tiles of 1", "places") if on_tiles else (f"tiles of {2 if small else 4}",)
+        assert made_of in expected
     check(shape, GEOMETRIES["3x3"], dtype, prologue)
 
 
@@ -208,7 +247,7 @@ def test_planes_of_places_against_float64(shape, geometry, dtype, prologue):
     x = channels_last(batch, channels, height, width, dtype=dtype)
     weight = torch.empty(out_channels, channels, kernel, kernel)
     for backward in (False, True):
-        assert torch.ops.fastresnet.conv_method(x, weight, *rest, backward) == (1, True)
+        assert method(x, weight, rest, backward=backward) == "places"
     check(shape, GEOMETRIES[geometry], dtype, prologue)
 
 
@@ -218,7 +257,7 @@ def test_planes_of_places_in_groups(width, dtype):
     channels, groups = 128, 128 // width
     x = channels_last(33, channels, 2, 2, dtype=dtype)
     weight = torch.empty(channels, width, 3, 3)
-    assert torch.ops.fastresnet.conv_method(x, weight, 1, 1, 1, groups, True) == (1, True)
+    assert method(x, weight, (1, 1, 1, groups), backward=True) == "places"
     check((33, channels, 2, 2, channels), (3, 1, 1, 1, groups), dtype, prologue=True)
 
 
@@ -226,16 +265,63 @@ def test_minimal_filtering_is_for_what_it_saves_products_of():
     x = channels_last(8, 64, 16, 16, dtype=torch.float32)
     square, row = torch.empty(64, 64, 3, 3), torch.empty(64, 64, 1, 3)
 
-    def tile(x: Tensor, weight: Tensor, *geometry: int) -> int:
-        return torch.ops.fastresnet.conv_method(x, weight, *geometry, False)[0]
+    def filtered(x: Tensor, weight: Tensor, *geometry: int) -> bool:
+        return method(x, weight, geometry, backward=False) == "tiles of 2"
 
-    assert tile(x, square, 1, 1, 1, 1) == 2
+    assert filtered(x, square, 1, 1, 1, 1)
     for geometry in ((2, 1, 1, 1), (1, 0, 1, 1), (1, 2, 2, 1)):
-        assert tile(x, square, *geometry) == 1
-    assert tile(x, row, 1, 1, 1, 1) == 1
-    assert tile(x, torch.empty(64, 32, 3, 3), 1, 1, 1, 2) == 1
+        assert not filtered(x, square, *geometry)
+    assert not filtered(x, row, 1, 1, 1, 1)
+    assert not filtered(x, torch.empty(64, 32, 3, 3), 1, 1, 1, 2)
     # One image of 7 x 7 has too few tiles to be worth transforming the weight.
-    assert tile(channels_last(1, 64, 7, 7, dtype=torch.float32), square, 1, 1, 1, 1) == 1
+    assert not filtered(channels_last(1, 64, 7, 7, dtype=torch.float32), square, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", PATCHED.values(), ids=PATCHED)
+@pytest.mark.parametrize("shape", IMAGES.values(), ids=IMAGES)
+def test_patches_against_float64(shape, geometry, dtype, layout):
+    batch, channels, height, width, out_channels = shape
+    kernel, *rest = geometry
+    x = channels_last(batch, channels, height, width, dtype=dtype)
+    weight = torch.empty(out_channels, channels, kernel, kernel)
+    for backward in (False, True):
+        made_of = method(x, weight, rest, normalised=False, backward=backward, wants_dx=False)
+        assert made_of == "patches"
+    check(shape, geometry, dtype, prologue=False, wants_dx=False, layout=layout)
+
+
+def test_patches_are_of_few_channels_as_they_are():
+    x = channels_last(4, 3, 16, 16, dtype=torch.float32)
+    weight = torch.empty(32, 3, 3, 3)
+    plain = {"normalised": False, "wants_dx": False}
+
+    def patched(x: Tensor, weight: Tensor, *geometry: int, backward: bool, **how: bool) -> bool:
+        how = plain | how
+        return method(x, weight, geometry, backward=backward, **how) == "patches"
+
+    assert patched(x, weight, 1, 1, 1, 1, backward=False)
+    assert patched(x, weight, 1, 1, 1, 1, backward=False, wants_dx=True)
+    assert patched(x, weight, 1, 1, 1, 1, backward=True)
+    assert not patched(x, weight, 1, 1, 1, 1, backward=True, wants_dx=True)
+    assert not patched(x, weight, 1, 1, 1, 1, backward=False, normalised=True)
+    assert not patched(x, weight, 1, 1, 2, 1, backward=False)
+    assert not patched(x, torch.empty(3, 1, 3, 3), 1, 1, 1, 3, backward=False)
+    # A patch of more values than are staged as one pixel.
+    assert not patched(x, torch.empty(32, 3, 15, 15), 1, 7, 1, 1, backward=False)
+    wide = channels_last(4, 64, 16, 16, dtype=torch.float32)
+    assert not patched(wide, torch.empty(32, 64, 3, 3), 1, 1, 1, 1, backward=False)
+
+
+def test_a_patch_reads_its_own_pixels_only():
+    """What is behind a row of a patch, and behind its last, never gets into a product."""
+    x = channels_last(2, 3, 9, 9, dtype=torch.float32)
+    x[0, :, 4, 4] = float("nan")
+    y = ops.conv_stats(x, torch.randn(32, 3, 3, 3), padding=1)[0]
+    expected = torch.zeros_like(y, dtype=torch.bool)
+    expected[0, :, 3:6, 3:6] = True
+    assert torch.equal(y.isnan(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -282,8 +368,8 @@ def test_weight_gradient_is_no_long_sum(shape, kernel, count, threads):
     sums = torch.zeros(2, channels, dtype=torch.float64)
     arguments = (grad, None, sums, bn, normalized(x), weight)
     padding = kernel // 2
-    method = torch.ops.fastresnet.conv_method(x, weight, 1, padding, 1, 1, True)
-    assert method == (2 if kernel == 3 else 1, False)
+    made_of = method(x, weight, (1, padding, 1, 1), backward=True)
+    assert made_of == f"tiles of {2 if kernel == 3 else 1}"
     ours, torchs = (
         module.conv_bn_backward(*arguments, padding=padding).weight for module in (ops, reference)
     )

@@ -457,6 +457,7 @@ def test_what_is_not_plain_runs_as_before():
 def test_a_model_runs_it(autocast):
     model = fastresnet.models.resnet18(num_classes=4)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        assert is_fused(model(torch.randn(2, 3, 64, 64)))
+        assert is_fused(model(torch.randn(2, 3, 64, 64, requires_grad=True)))
     assert model.bn1.num_batches_tracked == 1
-    assert not is_fused(fastresnet.models.cifar_resnet18()(torch.randn(2, 3, 32, 32)))
+    cifar = fastresnet.models.cifar_resnet18()
+    assert not is_fused(cifar(torch.randn(2, 3, 32, 32, requires_grad=True)))

@@ -311,12 +311,12 @@ def resnet_ops(
     dual = 3 if per_block == 2 else 4
     joins = {"bn_add_relu": blocks - dual, "bn_add_bn_relu": dual}
     stem = "bn_relu_max_pool" if pooled and HAS_MAX_POOL else "bn_relu"
-    if HAS_CONVOLUTIONS:  # the stem's alone is torch's
-        convolutions = blocks * per_block + dual
+    if HAS_CONVOLUTIONS:
+        convolutions = 1 + blocks * per_block + dual
         backward = {"conv_bn_backward": convolutions, "bn_sums": blocks, f"{stem}_backward": 1}
         joins = {op: joins[op] + more for op, more in zip(joins, anew, strict=True)}
         stems = 1 if pooled else 2  # the stem's output is one of those inputs too
-        return {"bn_stats": 1, stem: stems, "conv_stats": convolutions, **joins, **backward}
+        return {stem: stems, "conv_stats": convolutions, **joins, **backward}
     inner = blocks * (per_block - 1)
     forward = collections.Counter({"bn_relu": inner, **joins}) + collections.Counter([stem])
     backward = {f"{op}_backward": count for op, count in forward.items()}
@@ -324,13 +324,11 @@ def resnet_ops(
 
 
 def vgg_ops(convolutions: int, stages: int) -> dict[str, int]:
-    """Convolutions in stages with a max-pool behind each; the first, of three channels, is torch's
-    in any case."""
+    """Convolutions in stages with a max-pool behind each."""
     end = "bn_relu_max_pool" if HAS_MAX_POOL else "bn_relu"
     if HAS_CONVOLUTIONS:
-        ours = convolutions - 1
-        forward = {"bn_stats": 1, "conv_stats": ours, end: stages}
-        return {**forward, "conv_bn_backward": ours, f"{end}_backward": stages}
+        forward = {"conv_stats": convolutions, end: stages}
+        return {**forward, "conv_bn_backward": convolutions, f"{end}_backward": stages}
     applied = collections.Counter(bn_relu=convolutions - stages) + collections.Counter(
         {end: stages}
     )

@@ -77,14 +77,17 @@ std::optional<BatchNorm> check_prologue(const char* op, const Tensor& x,
   return check_batch_norm(op, x, *mean, *var, *weight, &*bias, eps);
 }
 
-std::tuple<int64_t, bool> conv_method_cpu(const Tensor& x, const Tensor& weight, int64_t stride,
-                                          int64_t padding, int64_t dilation, int64_t groups,
-                                          bool backward) {
+std::tuple<int64_t, bool, bool> conv_method_cpu(const Tensor& x, const Tensor& weight,
+                                                int64_t stride, int64_t padding, int64_t dilation,
+                                                int64_t groups, bool normalised, bool backward,
+                                                bool wants_dx) {
   constexpr const char* op = "conv_method";
   const ConvShape s = check_conv(op, x, weight, stride, padding, dilation, groups);
   const DType dtype = dtype_of(op, x);
-  const ConvPlan plan = (backward ? share_backward(s, dtype) : share_forward(s, dtype)).plan;
-  return {plan.tile, plan.by_places};
+  const ConvPlan plan = (backward ? share_backward(s, dtype, normalised, wants_dx)
+                                  : share_forward(s, dtype, normalised))
+                            .plan;
+  return {plan.tile, plan.by_places, plan.patches};
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(
@@ -109,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(
   p.y = y.mutable_data_ptr();
   p.past_caches = past_caches(y, s.out_channels);
 
-  const Sharing sharing = share_forward(s, dtype);
+  const Sharing sharing = share_forward(s, dtype, prologue.has_value());
   p.plan = &sharing.plan;
   const WeightPacking packing(weight, sharing.plan, dtype, false);
   const OutputMoments moments = forward(p, sharing, packing);
@@ -175,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_backward_cpu(
     if (addend_mask) p.addend_mask = check_mask(op, *addend_mask, x);
   }
 
-  const Sharing sharing = share_backward(s, dtype);
+  const Sharing sharing = share_backward(s, dtype, prologue.has_value(), wants_dx);
   p.plan = &sharing.plan;
   if (wants_dx) {
     p.dx = dx.mutable_data_ptr();

@@ -3,6 +3,8 @@
 // channels] (channels_last), those of one call all of one dtype.
 #pragma once
 
+#include <array>
+
 #include "cpu/conv_plan.h"
 #include "params.h"
 
@@ -20,6 +22,9 @@ constexpr int64_t kLineBytes = 64;
 // Tiles whose products are computed before they are transformed back: few enough for the products
 // to stay in the second-level cache, and a multiple of the rows that registers hold.
 constexpr int64_t kBlockTiles = 42;
+
+// Values of the largest patch that is staged as one pixel.
+constexpr int64_t kLargestPatch = 512;
 
 // Strides up to 4: what kernels keep of each phase has a fixed size.
 constexpr int64_t kMaxStride = 4;
@@ -50,7 +55,7 @@ constexpr MetBlocks met_by_input(const ConvShape& s, int64_t in_block) {
 struct ConvWeight {
   const void* data;
   DType dtype;
-  int64_t strides[4];
+  std::array<int64_t, 4> strides;
 };
 
 struct ConvForwardParams {

@@ -16,6 +16,16 @@ Range met(int64_t distance, int64_t outputs, int64_t pixels) {
   return {begin, std::max(begin, std::min(outputs, pixels - distance))};
 }
 
+// All that the kernel reads for an output is one pixel: rows of the kernel, then columns, then
+// channels.
+ConvShape unfold(ConvShape s) {
+  s.channels *= s.kernel_height * s.kernel_width;
+  s.height = s.out_height, s.width = s.out_width;
+  s.kernel_height = s.kernel_width = s.stride = s.dilation = 1;
+  s.padding = 0;
+  return s;
+}
+
 // A 1x1 convolution of stride 1 knows nothing of rows and images: all pixels form one column.
 ConvShape flatten(ConvShape s) {
   if (s.kernel_height == 1 && s.kernel_width == 1 && s.stride == 1 && s.padding == 0) {
@@ -27,9 +37,17 @@ ConvShape flatten(ConvShape s) {
 
 }  // namespace
 
+ConvShape ConvPlan::shape_of_products(const ConvShape& given, ConvMethod method) {
+  return flatten(method.patches ? unfold(given) : given);
+}
+
 ConvPlan::ConvPlan(const ConvShape& given, ConvMethod method, int64_t bytes_a_pixel,
                    int64_t block_bytes, int64_t threads)
-    : shape(flatten(given)), tile(method.tile), by_places(method.image_step > 0) {
+    : given(given),
+      shape(shape_of_products(given, method)),
+      tile(method.tile),
+      patches(method.patches),
+      by_places(method.image_step > 0) {
   const ConvShape& s = shape;
   int64_t top = 0, bottom = 0, left = 0, right = 0;
   for (int64_t a = 0; a < s.stride; ++a)

@@ -14,6 +14,10 @@
 // Where Winograd's minimal filtering computes `tile` x `tile` outputs together, the grid is one of
 // tiles, without any padding: a tile's lines hold all that its outputs need.
 //
+// Of few channels most of a line would be zeros. What the kernel reads for an output, a patch of
+// the input, may then be the channels of one pixel: the convolution is a 1x1 convolution of
+// patches.
+//
 // On small maps most taps of most places meet padding. There a plane may hold one place after
 // another, each of all images of the block: a place's pixels are multiplied with the taps that meet
 // a pixel, and with no others.
@@ -50,6 +54,7 @@ struct ConvMethod {
   int64_t tile = 1;        // outputs a side that are computed together; 1: no minimal filtering
   int64_t image_step = 0;  // planes hold place after place, each of a multiple of so many images;
                            // 0: image after image
+  bool patches = false;    // a pixel is all that the kernel reads for an output
 };
 
 // What part of the grid a block is.
@@ -58,8 +63,10 @@ struct ConvBlock {
 };
 
 struct ConvPlan {
-  ConvShape shape;
-  int64_t tile;  // as in ConvMethod
+  ConvShape given;
+  ConvShape shape;  // of the products: of patches, or of the given convolution
+  int64_t tile;     // as in ConvMethod
+  bool patches;     // as in ConvMethod
   std::vector<Phase> phases;
   std::vector<Tap> taps;  // by phase
   int64_t grid_height, grid_width;
@@ -75,6 +82,7 @@ struct ConvPlan {
   // block_bytes: what the staged pixels of a block may take, if it has more than one row.
   ConvPlan(const ConvShape& shape, ConvMethod method, int64_t bytes_a_pixel, int64_t block_bytes,
            int64_t threads);
+  static ConvShape shape_of_products(const ConvShape& given, ConvMethod method);
 
   ConvBlock block(int64_t index) const;
 

@@ -49,16 +49,19 @@ int64_t staged_bytes(int64_t channels, int64_t tile, DType dtype) {
 }
 
 // The same of the input, on a place of the grid: a pixel of each phase that is read.
-int64_t input_bytes(const ConvShape& s, int64_t tile, DType dtype) {
+int64_t input_bytes(const ConvShape& given, ConvMethod method, DType dtype) {
+  const ConvShape s = ConvPlan::shape_of_products(given, method);
   const int64_t phases = std::min(s.stride * s.stride, s.kernel_height * s.kernel_width);
-  return phases * staged_bytes(s.channels, tile, dtype);
+  return phases * staged_bytes(s.channels, method.tile, dtype);
 }
 
 // Without a halo, small blocks cost nothing and leave the cache to the weights. Tiles are so large
 // when staged that a block is best no larger than what is multiplied at a time.
 ConvPlan plan_blocks(const ConvShape& s, ConvMethod method, int64_t place_bytes) {
   if (method.tile > 1) return ConvPlan(s, method, 1, kBlockTiles, threads());
-  const bool pointwise = s.kernel_height * s.kernel_width == 1 && s.stride == 1;
+  const ConvShape computed = ConvPlan::shape_of_products(s, method);
+  const bool pointwise =
+      computed.kernel_height * computed.kernel_width == 1 && computed.stride == 1;
   return ConvPlan(s, method, place_bytes, second_level_cache() / (pointwise ? 8 : 4), threads());
 }
 
@@ -278,10 +281,13 @@ std::vector<double> backward_by_channels(const ConvBackwardParams& p, const Weig
   return sums;
 }
 
-// How a convolution may be computed.
-std::vector<ConvMethod> methods(const ConvShape& s, DType dtype) {
+// How a convolution may be computed. Patches are of the input as it is, and have no gradient.
+std::vector<ConvMethod> methods(const ConvShape& s, DType dtype, bool may_be_patches) {
   const KernelTable& table = kernels();
   std::vector<ConvMethod> found{{}};
+  if (may_be_patches && s.groups == 1 && s.dilation == 1 &&
+      s.kernel_height * s.kernel_width * s.channels <= kLargestPatch)
+    found.push_back({.patches = true});
   if (s.kernel_height * s.kernel_width > 1) found.push_back({1, table.conv_image_step(dtype)});
   if (s.kernel_height == 3 && s.kernel_width == 3 && s.stride == 1 && s.padding == 1 &&
       s.dilation == 1 && s.groups == 1)
@@ -290,20 +296,21 @@ std::vector<ConvMethod> methods(const ConvShape& s, DType dtype) {
   return found;
 }
 
-// What the products cost: their rows, of as many values as a line holds. Packing a product's
-// weights costs what so many rows of it would.
+// What the products cost: the lines of their rows. Packing a product's weights costs what so many
+// rows of it would.
 double cost(const ConvPlan& plan, DType dtype) {
   constexpr int64_t kPacking = 40;
-  return static_cast<double>(plan.rows_multiplied() + kPacking * plan.products()) /
+  return static_cast<double>(plan.rows_multiplied() + kPacking * plan.products()) *
+         static_cast<double>(padded(plan.shape.channels)) /
          static_cast<double>(kernels().conv_line_channels(plan.tile, dtype));
 }
 
 // The cheapest of what share(method) makes of the methods.
 template <class Share>
-Sharing cheapest(const ConvShape& s, DType dtype, Share share) {
+Sharing cheapest(const ConvShape& s, DType dtype, bool may_be_patches, Share share) {
   // With fewer rows a product is not worth its begin and end.
   constexpr int64_t kLeastImages = 8;
-  const std::vector<ConvMethod> all = methods(s, dtype);
+  const std::vector<ConvMethod> all = methods(s, dtype, may_be_patches);
   Sharing best = share(all[0]);
   for (size_t i = 1; i < all.size(); ++i) {
     Sharing other = share(all[i]);
@@ -319,10 +326,10 @@ int64_t preference(ConvMethod method) { return method.image_step > 0 ? 4 : 1; }
 
 }  // namespace
 
-Sharing share_forward(const ConvShape& s, DType dtype) {
+Sharing share_forward(const ConvShape& s, DType dtype, bool normalised) {
   const KernelTable& table = kernels();
-  return cheapest(s, dtype, [&](ConvMethod method) -> Sharing {
-    const int64_t place_bytes = input_bytes(s, method.tile, dtype);
+  return cheapest(s, dtype, !normalised, [&](ConvMethod method) -> Sharing {
+    const int64_t place_bytes = input_bytes(s, method, dtype);
     const ConvPlan whole = plan_whole(s, method, place_bytes);
     const int64_t weight_bytes =
         padded_size(whole) / table.conv_line_channels(method.tile, dtype) * kLineBytes;
@@ -333,10 +340,10 @@ Sharing share_forward(const ConvShape& s, DType dtype) {
   });
 }
 
-Sharing share_backward(const ConvShape& s, DType dtype) {
-  return cheapest(s, dtype, [&](ConvMethod method) -> Sharing {
+Sharing share_backward(const ConvShape& s, DType dtype, bool normalised, bool wants_dx) {
+  return cheapest(s, dtype, !normalised && !wants_dx, [&](ConvMethod method) -> Sharing {
     const int64_t place_bytes =
-        input_bytes(s, method.tile, dtype) +
+        input_bytes(s, method, dtype) +
         (method.tile > 1 ? 2 : 1) * staged_bytes(s.out_channels, method.tile, dtype);
     const ConvPlan whole = plan_whole(s, method, place_bytes);
     const int64_t staged_floats = kernels().conv_backward_staged_floats(whole, dtype);

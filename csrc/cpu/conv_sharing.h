@@ -20,8 +20,9 @@ struct Sharing {
   bool by_channels;
   ConvPlan plan;
 };
-Sharing share_forward(const ConvShape& s, DType dtype);
-Sharing share_backward(const ConvShape& s, DType dtype);
+// normalised: a batch norm and ReLU come before the convolution.
+Sharing share_forward(const ConvShape& s, DType dtype, bool normalised);
+Sharing share_backward(const ConvShape& s, DType dtype, bool normalised, bool wants_dx);
 
 // Moments of y, group by group of its rows.
 class OutputMoments {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/conv_weight.h"
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -12,10 +13,16 @@
 namespace fastresnet::cpu {
 namespace {
 
-Tensor empty_like_weight(const Tensor& weight) {
+MemoryFormat format_of(const Tensor& weight) {
   const bool nhwc = is_channels_last(weight) && !weight.is_contiguous();
-  return new_result(weight.sizes(), weight.scalar_type(),
-                    nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+}
+
+// Strides of [out_channels, channels / groups, rows, columns] of the plan's products. In
+// channels_last a filter's values lie in the order of a patch's.
+std::array<int64_t, 4> strides(const Tensor& weight, const ConvPlan& plan) {
+  if (plan.patches) return {plan.shape.channels, 1, 0, 0};
+  return {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
 }
 
 }  // namespace
@@ -30,9 +37,9 @@ WeightPacking::WeightPacking(const Tensor& weight, const ConvPlan& plan, DType d
     : plan_(plan),
       dtype_(dtype),
       transposed_(transposed),
-      weight_{weight.const_data_ptr(),
-              dtype_of("conv", weight),
-              {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)}},
+      tensor_(plan.patches ? torch::stable::contiguous(weight, MemoryFormat::ChannelsLast)
+                           : weight),
+      weight_{tensor_.const_data_ptr(), dtype_of("conv", weight), strides(weight, plan)},
       blocks_(channel_blocks(transposed ? plan.shape.channels : plan.shape.out_channels)),
       block_floats_(kernels().conv_packed_floats(plan, dtype, transposed)) {}
 
@@ -48,10 +55,14 @@ void WeightPacking::pack_all(float* packed) const {
 
 WeightGradient::WeightGradient(const Tensor& weight, const ConvPlan& plan)
     : plan_(plan),
-      tensor_(empty_like_weight(weight)),
+      format_(format_of(weight)),
+      tensor_(new_result(weight.sizes(), weight.scalar_type(),
+                         plan.patches ? MemoryFormat::ChannelsLast : format_)),
       dtype_(dtype_of("conv", weight)),
       data_(tensor_.mutable_data_ptr()),
-      strides_{tensor_.stride(0), tensor_.stride(1), tensor_.stride(2), tensor_.stride(3)} {}
+      strides_(strides(tensor_, plan)) {}
+
+Tensor WeightGradient::tensor() const { return torch::stable::contiguous(tensor_, format_); }
 
 void WeightGradient::store(int64_t out_block, int64_t met, const float* gradients, int64_t pair,
                            int64_t pairs, int64_t count, int64_t stride) {

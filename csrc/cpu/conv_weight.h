@@ -3,6 +3,8 @@
 // weight's own layout.
 #pragma once
 
+#include <array>
+
 #include "check.h"
 #include "cpu/conv_params.h"
 
@@ -30,7 +32,8 @@ class WeightPacking {
   const ConvPlan& plan_;
   DType dtype_;
   bool transposed_;
-  ConvWeight weight_;
+  Tensor tensor_;
+  ConvWeight weight_;  // of tensor_
   int64_t blocks_, block_floats_;
 };
 
@@ -45,17 +48,18 @@ class WeightGradient {
   void store(int64_t out_block, int64_t met, const float* gradients, int64_t pair, int64_t pairs,
              int64_t count, int64_t stride);
 
-  const Tensor& tensor() const { return tensor_; }
+  Tensor tensor() const;
 
  private:
   template <class W>
   void store_as(int64_t n0, int64_t c0, const float* tiles, int64_t count, int64_t stride);
 
   const ConvPlan& plan_;
+  MemoryFormat format_;
   Tensor tensor_;
   DType dtype_;
   void* data_;
-  int64_t strides_[4];
+  std::array<int64_t, 4> strides_;
 };
 
 }  // namespace fastresnet::cpu

@@ -24,7 +24,7 @@ from torchvision.models import (
 
 from ..nn.batch_norm import to_kernel_layout
 from ..nn.stages import run_stages
-from ..nn.stem import pooled_stem
+from ..nn.stem import run_stem
 from .convert import fused_builder, fuses, scriptable_twin
 
 __all__ = [
@@ -62,9 +62,7 @@ class ResNet(torchvision.models.ResNet):
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = to_kernel_layout(x)
-        x = self.conv1(x)
-        x, source = pooled_stem(self.bn1, self.relu, self.maxpool, x)
-
+        x, source = run_stem(self.conv1, self.bn1, self.relu, self.maxpool, x)
         x = run_stages([self.layer1, self.layer2, self.layer3, self.layer4], x, source)
 
         x = self.avgpool(x)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolutions with batch norm and ReLU, one behind another, as one autograd node on convolutions
-of our own: what lies between two pools of a VGG.
+of our own: what lies between two pools of a VGG, and the stem of a ResNet.
 
 As in :mod:`fastresnet.nn.residual`, only the raw outputs are stored between the convolutions. A
 max-pool at the end is joined to the last batch norm.
@@ -18,11 +18,14 @@ from torch.autograd.function import once_differentiable
 from .. import ops
 from ..ops import Normalized
 from .batch_norm import is_relu
+from .join import Join
 from .links import (
     Link,
     channels_fit,
+    computed_dtype,
     forward_links,
     is_plain,
+    is_standard,
     remember,
     runs_as_node,
     save_for_backward,
@@ -30,12 +33,12 @@ from .links import (
     sizes_behind,
     values_a_channel,
 )
-from .stem import square_windows
+from .windows import square_windows
 
-_LEAST_CHANNELS = 16  # fewer would fill the kernels' blocks with zeros; torch's are better there
+_LEAST_CHANNELS = 16  # fewer would fill the kernels' blocks with zeros
 
 
-def run_chain(modules: Sequence[nn.Module], x: Any) -> tuple[Any, int]:
+def run_chain(modules: Sequence[nn.Module], x: Any) -> tuple[Any, int, Join | None]:
     """Runs the convolution, batch norm, ReLU triples that ``modules`` begins with, and a max-pool
     behind them, as one node.
 
@@ -44,8 +47,9 @@ def run_chain(modules: Sequence[nn.Module], x: Any) -> tuple[Any, int]:
         x: what the first is called with; chained is [N, C, H, W].
 
     Returns:
-        The output and how many modules it is the output of; ``x`` and 0 where there is no chain,
-        or where something asks for more than the kernels do.
+        The output, how many modules it is the output of, and what it is made of where it does not
+        end with a pool; ``x``, 0 and None where there is no chain, or where something asks for
+        more than the kernels do.
     """
     links: list[Link] = []
     while len(modules) >= 3 * len(links) + 3:
@@ -54,21 +58,40 @@ def run_chain(modules: Sequence[nn.Module], x: Any) -> tuple[Any, int]:
             break
         links.append(Link(conv, bn))
     if not links or not isinstance(x, Tensor) or x.dim() != 4 or not runs_as_node(x):
-        return x, 0
+        return x, 0, None
+    images, x = x, _under_autocast(links[0], x)
     if (
-        not all(is_plain(link, x) and link.conv.in_channels >= _LEAST_CHANNELS for link in links)
+        not all(is_plain(link, x) for link in links)
+        or not all(_takes_channels(link, x, index) for index, link in enumerate(links))
         or not channels_fit(links, x)
         or min(counts := values_a_channel(links, x)) < 2
     ):
-        return x, 0
+        return images, 0, None
     length = 3 * len(links)
     windows = square_windows(modules[length]) if len(modules) > length else None
     if windows is not None and not ops.has_max_pool_kernel(_like_output(links, x), **windows):
         windows = None
     parameters = [parameter for link in links for parameter in link.parameters]
-    out, *statistics = _Chain.apply(links, windows, x, *parameters)
+    out, source, *statistics = _Chain.apply(links, windows, x, *parameters)
     remember(links, statistics, counts)
-    return out, length + (windows is not None)
+    return out, length + (windows is not None), source if out.requires_grad else None
+
+
+def _under_autocast(link: Link, x: Tensor) -> Tensor:
+    """What autocast hands to the convolution, of images, which have no gradient."""
+    device = x.device.type
+    if x.requires_grad or device != "cpu" or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(computed_dtype(link, x)) if is_standard(link) and ops.has_kernel(x) else x
+
+
+def _takes_channels(link: Link, x: Tensor, index: int) -> bool:
+    """Whether the kernels fill their blocks: with channels, or with patches of what has no
+    gradient."""
+    conv = link.conv
+    if conv.in_channels >= _LEAST_CHANNELS:
+        return True
+    return index == 0 and not x.requires_grad and conv.groups == 1 and conv.dilation[0] == 1
 
 
 def _like_output(links: list[Link], x: Tensor) -> Tensor:
@@ -78,8 +101,8 @@ def _like_output(links: list[Link], x: Tensor) -> Tensor:
 
 
 class _Chain(torch.autograd.Function):
-    """forward(links, windows, x, *(the parameters of each link)) returns the chain's output and
-    mean and biased variance of each link's."""
+    """forward(links, windows, x, *(the parameters of each link)) returns the chain's output, what
+    that is made of (None behind a pool), and mean and biased variance of each link's."""
 
     @staticmethod
     def forward(
@@ -87,19 +110,20 @@ class _Chain(torch.autograd.Function):
     ):
         outputs = forward_links(links, x, parameters)
         last = outputs[-1]
+        source, pooled = None, []
         if windows is None:
-            out = torch.ops.fastresnet.bn_relu.default(*last[:5], last.eps, last.training)
-            pooled = []
+            source = Join(last, None)
+            out, _ = source.forward()
         else:
             out, *pooled = torch.ops.fastresnet.bn_relu_max_pool.default(
                 *last[:5], *windows.values(), last.eps, last.training
             )
         ctx.links, ctx.windows = links, windows
-        return out, *save_for_backward(ctx, links, outputs, x, *pooled)
+        return out, source, *save_for_backward(ctx, links, outputs, x, *pooled)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_statistics):
+    def backward(ctx: Any, grad: Tensor | None, _source: None, *_statistics):
         links, windows = ctx.links, ctx.windows
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)

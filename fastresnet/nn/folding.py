@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .. import ops
 from .batch_norm import is_relu, is_transformed
 from .links import Link, channels_fit, computed_dtype, is_standard
-from .stem import square_windows
+from .windows import square_windows
 
 
 @dataclass(frozen=True)

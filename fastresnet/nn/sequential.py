@@ -30,7 +30,7 @@ class FusedSequential(Foldable, nn.Sequential):
         if torch.is_grad_enabled():
             forget_folds(self)
         while modules:
-            input, count = run_chain(modules, input)
+            input, count, _ = run_chain(modules, input)
             # A subclass that the conversion made has no train() that forgets its folds.
             if count == 0 and isinstance(self, FusedSequential):
                 input, count = run_folded(modules, input)

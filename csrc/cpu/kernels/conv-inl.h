@@ -19,6 +19,20 @@ struct StagedInput {
   }
 };
 
+// What the convolution reads: patches, or each phase that a tap meets.
+template <class E, class T>
+void stage_input(const ConvPlan& plan, const ConvBlock& block, const Plane* planes, Range panels,
+                 const InputValues<T>& values) {
+  const int64_t channels = plan.shape.channels;
+  if (plan.patches)
+    return stage_plane<E>(plan, block, source_of_phase(plan, plan.phases[0]), planes[0], panels,
+                          channels, PatchValues<T>{values.x, plan.given});
+  for (size_t i = 0; i < plan.phases.size(); ++i)
+    if (plan.phases[i].taps)
+      stage_plane<E>(plan, block, source_of_phase(plan, plan.phases[i]), planes[i], panels,
+                     channels, values);
+}
+
 template <class T>
 void conv_stage_of(const ConvForwardParams& p, const ConvBlock& block, Range panels,
                    float* memory) {
@@ -26,11 +40,8 @@ void conv_stage_of(const ConvForwardParams& p, const ConvBlock& block, Range pan
   const ConvPlan& plan = *p.plan;
   const int64_t channels = plan.shape.channels;
   const StagedInput<E> staged(plan, memory);
-  const InputValues<T> values{static_cast<const T*>(p.x), channels, p.scale, p.shift};
-  for (size_t i = 0; i < plan.phases.size(); ++i)
-    if (plan.phases[i].taps)
-      stage_plane<E>(plan, block, source_of_phase(plan, plan.phases[i]), staged.planes[i], panels,
-                     channels, values);
+  stage_input<E>(plan, block, staged.planes, panels,
+                 InputValues<T>{static_cast<const T*>(p.x), channels, p.scale, p.shift});
 }
 
 template <class T>
@@ -160,11 +171,8 @@ void conv_backward_stage_of(const ConvBackwardParams& p, const ConvBlock& block,
   const Range of_input{std::max<int64_t>(0, panels.begin - out_panels), panels.end - out_panels};
   stage_plane<E>(plan, block, source_of_output(plan), staged.gradients, of_output, s.out_channels,
                  OutputGradients<T>(p));
-  const InputValues<T> values{static_cast<const T*>(p.x), s.channels, p.scale, p.shift};
-  for (size_t i = 0; i < plan.phases.size(); ++i)
-    if (plan.phases[i].taps)
-      stage_plane<E>(plan, block, source_of_phase(plan, plan.phases[i]), staged.planes[i], of_input,
-                     s.channels, values);
+  stage_input<E>(plan, block, staged.planes, of_input,
+                 InputValues<T>{static_cast<const T*>(p.x), s.channels, p.scale, p.shift});
 
   if constexpr (E::kDepth == 2) {
     const int64_t span = plan.span(block);

@@ -13,6 +13,8 @@
 
 #include "cpu/kernels/conv_stage-inl.h"
 
+#include "cpu/kernels/conv_patches-inl.h"
+
 #include "cpu/kernels/conv_store-inl.h"
 
 #include "cpu/kernels/conv_pack-inl.h"

@@ -7,7 +7,8 @@
 //   - for the outer product, a line is one pixel (or a pair of pixels) and its elements 16
 //   channels.
 //
-// An Element says what a line holds and how its products are computed. kRowStep: rows of a product
+// An Element says what a line holds (values of kDepth channels an element) and how its products are
+// computed. kRowStep: rows of a product
 // come in so many, the last ones read and written though not wanted. kOuterStep: so do the lines of
 // an outer product, zeros behind the last. kJoinedWidth: narrower rows of an image are multiplied
 // together with the padding between them. kMinimalFiltering: whether a 3x3 convolution is better
@@ -36,6 +37,7 @@ struct OnVectors {
 
 // One float an element: every dtype, on every level.
 struct Single : OnVectors {
+  using Value = float;
   static constexpr int kDepth = 1;
 
   static Vec dot(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
@@ -47,6 +49,7 @@ struct Single : OnVectors {
 #if defined(FASTRESNET_AVX512_BF16)
 // Two bf16 an element.
 struct Pair : OnVectors {
+  using Value = BFloat16;
   static constexpr int kDepth = 2;
 
   static Vec dot(Vec a, Vec b, Vec sum) {
