@@ -87,6 +87,8 @@ def test_what_runs_as_before():
         assert seen == [1]
         assert source is None
         assert ("_ChainBackward" in nodes(out)) == (index == 3)
+    stem[0] = nn.Conv2d(3, 48, 15, padding=7)  # patches larger than are staged
+    assert "_ChainBackward" not in nodes(run_stem(*stem, x)[0])
     with torch.no_grad():
         assert run_stem(*imagenet(), x)[0].grad_fn is None
 

@@ -36,6 +36,7 @@ from .links import (
 from .windows import square_windows
 
 _LEAST_CHANNELS = 16  # fewer would fill the kernels' blocks with zeros
+_LARGEST_PATCH = 512  # values; kLargestPatch of csrc/cpu/conv_params.h
 
 
 def run_chain(modules: Sequence[nn.Module], x: Any) -> tuple[Any, int, Join | None]:
@@ -91,7 +92,9 @@ def _takes_channels(link: Link, x: Tensor, index: int) -> bool:
     conv = link.conv
     if conv.in_channels >= _LEAST_CHANNELS:
         return True
-    return index == 0 and not x.requires_grad and conv.groups == 1 and conv.dilation[0] == 1
+    is_plain_input = index == 0 and not x.requires_grad
+    patch = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
+    return is_plain_input and conv.groups == conv.dilation[0] == 1 and patch <= _LARGEST_PATCH
 
 
 def _like_output(links: list[Link], x: Tensor) -> Tensor:
