@@ -10,12 +10,6 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Outputs [0, outputs) that meet one of `pixels` pixels at a distance.
-Range met(int64_t distance, int64_t outputs, int64_t pixels) {
-  const int64_t begin = std::max<int64_t>(0, -distance);
-  return {begin, std::max(begin, std::min(outputs, pixels - distance))};
-}
-
 // All that the kernel reads for an output is one pixel: rows of the kernel, then columns, then
 // channels.
 ConvShape unfold(ConvShape s) {

@@ -23,6 +23,7 @@
 // a pixel, and with no others.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -57,6 +58,12 @@ struct ConvMethod {
   bool patches = false;    // a pixel is all that the kernel reads for an output
 };
 
+// Which of `count` places, outputs or a kernel's rows, meet one of `pixels` pixels at a distance.
+inline Range met(int64_t distance, int64_t count, int64_t pixels) {
+  const int64_t begin = std::max<int64_t>(0, -distance);
+  return {begin, std::max(begin, std::min(count, pixels - distance))};
+}
+
 // What part of the grid a block is.
 struct ConvBlock {
   int64_t image, images, row, rows;
@@ -80,7 +87,7 @@ struct ConvPlan {
   int64_t blocks;
 
   // block_bytes: what the staged pixels of a block may take, if it has more than one row.
-  ConvPlan(const ConvShape& shape, ConvMethod method, int64_t bytes_a_pixel, int64_t block_bytes,
+  ConvPlan(const ConvShape& given, ConvMethod method, int64_t bytes_a_pixel, int64_t block_bytes,
            int64_t threads);
   static ConvShape shape_of_products(const ConvShape& given, ConvMethod method);
 

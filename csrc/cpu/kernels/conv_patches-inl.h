@@ -48,13 +48,6 @@ struct PatchValues {
                 from + r * pitch + columns.end * s.channels,
                 patch + r * row_size + columns.begin * s.channels);
   }
-
- private:
-  // Of the kernel's rows or columns, those that meet the image.
-  static Range met(int64_t first, int64_t kernel, int64_t size) {
-    const int64_t begin = std::clamp<int64_t>(-first, 0, kernel);
-    return {begin, std::clamp<int64_t>(size - first, begin, kernel)};
-  }
 };
 
 // As stage_run of other values, whose pixels lie in memory: here those are outputs.
