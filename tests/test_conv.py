@@ -154,17 +154,24 @@ def check(shape, geometry, dtype, prologue, wants_dx=True, layout=torch.contiguo
     batch, channels, height, width, out_channels = shape
     kernel, *rest = geometry
     stride, padding, dilation, groups = rest
-    width = channels // groups
-    weight = torch.randn(out_channels, width, kernel, kernel) * (width * kernel**2) ** -0.5
+    group_channels = channels // groups
+    weight = torch.randn(out_channels, group_channels, kernel, kernel)
+    weight *= (group_channels * kernel**2) ** -0.5
     weight = weight.contiguous(memory_format=layout)
     if min(height, width) + 2 * padding < dilation * (kernel - 1) + 1:
         return
     x = channels_last(batch, channels, height, width, dtype=dtype)
     source = normalized(x) if prologue else x
+    # Not torch's own in that dtype: oneDNN's of one column of grey pixels is wrong (torch 2.14.1).
     y = reference.conv_stats(
-        source, weight, stride=stride, padding=padding, dilation=dilation, groups=groups
+        to_float64(source),
+        weight.double(),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
     )[0]
-    y = y.contiguous(memory_format=torch.channels_last)
+    y = y.to(dtype).contiguous(memory_format=torch.channels_last)
     if y.numel() // out_channels < 4:  # no statistics to speak of
         return
     grad = torch.randn(y.shape).to(dtype).contiguous(memory_format=torch.channels_last)
