@@ -45,6 +45,7 @@ struct BnForwardParams {
   const float* residual_shift;  // [channels], for add_bn_relu
   void* out;                    // [rows, channels]
   uint8_t* mask;                // [rows, mask_bytes(channels)], for add_relu and add_bn_relu
+  bool past_caches;             // out is too large to be found in a cache by whoever reads it next
   int64_t rows, channels;
   DType dtype;
   Epilogue epilogue;

@@ -59,6 +59,7 @@ BnForwardParams forward_params(const Tensor& x, const BatchNorm& bn, Epilogue ep
   p.scale = bn.scale.data();
   p.shift = bn.shift.data();
   p.out = out.mutable_data_ptr();
+  p.past_caches = past_caches(out);
   p.rows = rows_of(x);
   p.channels = x.size(1);
   p.dtype = dtype_of("bn", x);

@@ -19,17 +19,6 @@
 namespace fastresnet::cpu {
 namespace {
 
-// Whether a result is too large for second-level caches, and may be written by whole lines past
-// them: a block of channels writes a line a pixel, each a row of channels from the last, and would
-// have every one read first.
-bool past_caches(const Tensor& result, int64_t channels) {
-  constexpr int64_t kLeast = 2 << 20;
-  const int64_t pixel_bytes = channels * static_cast<int64_t>(result.element_size());
-  const int64_t bytes = result.numel() * static_cast<int64_t>(result.element_size());
-  return bytes >= kLeast && pixel_bytes % kLineBytes == 0 &&
-         reinterpret_cast<intptr_t>(result.const_data_ptr()) % kLineBytes == 0;
-}
-
 int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
                     int64_t dilation) {
   return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
@@ -110,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(
     p.shift = prologue->shift.data();
   }
   p.y = y.mutable_data_ptr();
-  p.past_caches = past_caches(y, s.out_channels);
+  p.past_caches = past_caches(y);
 
   const Sharing sharing = share_forward(s, dtype, prologue.has_value());
   p.plan = &sharing.plan;
@@ -182,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_backward_cpu(
   p.plan = &sharing.plan;
   if (wants_dx) {
     p.dx = dx.mutable_data_ptr();
-    p.past_caches = past_caches(dx, s.channels);
+    p.past_caches = past_caches(dx);
   }
   const WeightPacking packing(weight, sharing.plan, dtype, true);
   WeightGradient dweight(weight, sharing.plan);

@@ -158,6 +158,13 @@ Tensor new_result(Sizes sizes, ScalarType dtype, MemoryFormat format) {
   return Tensor(handle);
 }
 
+bool past_caches(const Tensor& result) {
+  constexpr int64_t kLeastPast = 2 << 20, kLine = 64;
+  const int64_t row_bytes = result.size(1) * element_size(result.scalar_type());
+  return result.numel() * element_size(result.scalar_type()) >= kLeastPast &&
+         row_bytes % kLine == 0 && reinterpret_cast<intptr_t>(result.const_data_ptr()) % kLine == 0;
+}
+
 Temporary::Temporary(int64_t floats) : floats_(nullptr), of_heap_(false) {
   if (floats == 0) return;
   const int64_t bytes = (floats * int64_t{sizeof(float)} + kPage - 1) / kPage * kPage;

@@ -25,6 +25,11 @@ inline Tensor new_result_like(const Tensor& x) {
 Tensor empty_images(int64_t batch, int64_t channels, int64_t height, int64_t width,
                     ScalarType dtype);
 
+// Whether a result is so large that whoever reads it next will not find it in a cache of its own,
+// and may be written past the caches by whole lines, which are then not read before: at twice the
+// speed.
+bool past_caches(const Tensor& result);
+
 // Memory for the time of a call, from where results lie: what one call has done with is the next
 // one's, or a result's. It holds what its last user left.
 class Temporary {

@@ -44,14 +44,6 @@ inline void for_blocks_backwards(int64_t begin, int64_t end, Step step) {
   for (; row > begin; --row) step(Block<1>{row - 1, row - 2});
 }
 
-// Calls body(first channel, Full or Part) over all channels.
-template <class Body>
-inline void for_channels(int64_t channels, Body body) {
-  int64_t c = 0;
-  for (; c + kWidth <= channels; c += kWidth) body(c, Full{});
-  if (c < channels) body(c, Part{static_cast<int>(channels - c)});
-}
-
 template <class T>
 void bn_moments_of(const T* __restrict__ x, int64_t channels, int64_t begin, int64_t end,
                    float* __restrict__ scratch, double* __restrict__ mean,
@@ -102,29 +94,37 @@ void bn_moments_of(const T* __restrict__ x, int64_t channels, int64_t begin, int
 
 template <class T, Epilogue epilogue>
 void bn_forward_of(const BnForwardParams& p, int64_t begin, int64_t end) {
-  const int64_t channels = p.channels;
+  const int64_t channels = p.channels, ahead = rows_ahead(channels * sizeof(T));
   const T* __restrict__ x = static_cast<const T*>(p.x);
   const T* __restrict__ residual = static_cast<const T*>(p.residual);
   T* __restrict__ out = static_cast<T*>(p.out);
-  for_blocks_backwards<4>(begin, end, [&](auto block) {
-    for_channels(channels, [&](int64_t c, auto part) {
-      block.prefetch(x, channels, c);
-      if constexpr (has_residual(epilogue)) block.prefetch(residual, channels, c);
-      const Vec scale = load(p.scale + c, part), shift = load(p.shift + c, part);
-      for (int i = 0; i < block.count; ++i) {
-        const int64_t at = (block.row + i) * channels + c;
-        Vec z = fma(load(x + at, part), scale, shift);
-        if constexpr (epilogue == Epilogue::add_relu) z = z + load(residual + at, part);
-        if constexpr (epilogue == Epilogue::add_bn_relu)
-          z = z + fma(load(residual + at, part), load(p.residual_scale + c, part),
-                      load(p.residual_shift + c, part));
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t first = 0; first < channels; first += kChannelBlock)
+      for_block_vectors(channels, first, [&](int64_t c, auto count, auto part) {
+        constexpr int kVecs = count;
+        const int64_t at = row * channels + c;
+        prefetch_values(x + at + ahead * channels, kVecs * kWidth);
         if constexpr (has_residual(epilogue))
-          store_lanes(p.mask + (block.row + i) * mask_bytes(channels) + c / 8, passes_relu(z),
-                      part);
-        store(out + at, epilogue == Epilogue::none ? z : relu(z), part);
-      }
-    });
-  });
+          prefetch_values(residual + at + ahead * channels, kVecs * kWidth);
+        Vec values[kVecs];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) {
+          const int64_t i = c + v * kWidth;
+          Vec z = fma(load(x + at + v * kWidth, part), load(p.scale + i, part),
+                      load(p.shift + i, part));
+          if constexpr (has_residual(epilogue)) {
+            Vec other = load(residual + at + v * kWidth, part);
+            if constexpr (epilogue == Epilogue::add_bn_relu)
+              other =
+                  fma(other, load(p.residual_scale + i, part), load(p.residual_shift + i, part));
+            z = z + other;
+            store_lanes(p.mask + row * mask_bytes(channels) + i / 8, passes_relu(z), part);
+          }
+          values[v] = epilogue == Epilogue::none ? z : relu(z);
+        }
+        store_values(out + at, values, part, p.past_caches);
+      });
+  finish_streams();
 }
 
 // What tells where the gradient passes: for relu, z computed again exactly as in the forward.

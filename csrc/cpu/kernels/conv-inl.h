@@ -70,21 +70,22 @@ void conv_forward_of(const ConvForwardParams& p, const ConvBlock& block, float* 
 
   const Pixels pixels{nullptr, first.panel_stride, taps.data(), count, chunks};
   const OutputStore<T> store_output{static_cast<T*>(p.y), s.out_channels, p.past_caches, moments};
-  for (int64_t n = out_blocks.begin; n < out_blocks.end; ++n) {
-    bool set_shift = moments.first;
+  const auto operands_of = [&](int64_t n) -> Operands {
     const int64_t panel = met_by_output(s, n).first * kBlockPanels<E>;
-    const float* lines = first.lines + panel * first.panel_stride;
-    const float* of_block = weight + (n - out_blocks.begin) * count * tap_block;
-    const auto store = [&](const float* tile, const Runs& runs) {
-      store_output(tile, runs, n * kChannelBlock, set_shift);
-      set_shift = false;
-    };
-    if (plan.by_places)
-      for_place_products<E>(block, source_of_output(plan), rows, pixels, lines, of_block, taps_at,
-                            store);
-    else
-      for_products<E>(plan, block, source_of_output(plan), rows, pixels, lines, of_block, store);
-  }
+    return {first.lines + panel * first.panel_stride,
+            weight + (n - out_blocks.begin) * count * tap_block};
+  };
+  // With the first tile of each block of channels.
+  int64_t shifts_to_set = moments.first ? out_blocks.size() : 0;
+  const auto store = [&](const float* tile, const Runs& runs, int64_t n) {
+    store_output(tile, runs, n * kChannelBlock, shifts_to_set > 0);
+    --shifts_to_set;
+  };
+  const Source to = source_of_output(plan);
+  if (plan.by_places)
+    for_place_products<E>(block, to, rows, out_blocks, pixels, taps_at, operands_of, store);
+  else
+    for_products<E>(plan, block, to, rows, out_blocks, pixels, operands_of, store);
   finish_streams();
 }
 
@@ -215,19 +216,23 @@ void conv_input_gradient_of(const ConvBackwardParams& p, const ConvBlock& block,
           at.push_back({of_phase[i].pixels + place, of_phase[i].weights});
       }
     };
-    for (int64_t c = in_blocks.begin; c < in_blocks.end; ++c) {
+    const auto operands_of = [&](int64_t c) -> Operands {
       const int64_t panel = met_by_input(plan.shape, c).first * kBlockPanels<E>;
-      const float* lines = gradients.lines + panel * gradients.panel_stride;
-      const float* of_block = weight + (c - in_blocks.begin) * count * tap_block;
-      const auto store = [&](const float* tile, const Runs& runs) {
-        store_gradient(tile, runs, c * kChannelBlock);
-      };
-      const Source to = source_of_phase(plan, phase);
-      if (plan.by_places)
-        for_place_products<E>(block, to, rows, pixels, lines, of_block, taps_at, store);
-      else
-        for_products<E>(plan, block, to, rows, pixels, lines, of_block, store);
-    }
+      return {gradients.lines + panel * gradients.panel_stride,
+              weight + (c - in_blocks.begin) * count * tap_block};
+    };
+    const auto store = [&](const float* tile, const Runs& runs, int64_t c) {
+      // The next block of the same pixels, then the first one of those that follow.
+      const int64_t done = (c - in_blocks.begin) * kChannelBlock;
+      const int64_t ahead =
+          c + 1 < in_blocks.end ? kChannelBlock : runs.pixels() * plan.shape.channels - done;
+      store_gradient(tile, runs, c * kChannelBlock, ahead);
+    };
+    const Source to = source_of_phase(plan, phase);
+    if (plan.by_places)
+      for_place_products<E>(block, to, rows, in_blocks, pixels, taps_at, operands_of, store);
+    else
+      for_products<E>(plan, block, to, rows, in_blocks, pixels, operands_of, store);
   }
   finish_streams();
 }

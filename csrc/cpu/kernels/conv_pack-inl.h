@@ -14,7 +14,7 @@ inline void load_weights(const ConvWeight& weight, const ConvShape& s, int64_t n
   const W* from = static_cast<const W*>(weight.data) + n * weight.strides[0] +
                   (c - group) * stride + tap_offset;
   if (stride == 1 && end - begin == count) {
-    prefetch_channels(from + ahead, 0, count);
+    prefetch_values(from + ahead, count);
     for (int64_t i = 0; i < count; i += kWidth) store(values + i, load(from + i, Full{}), Full{});
     return;
   }

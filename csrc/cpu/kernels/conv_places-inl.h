@@ -2,11 +2,12 @@
 // Products of planes that hold place after place, each of all images of a block (conv_plan.h).
 
 // The products of some rows of a block, counted through all images' first rows, then their second:
-// calls store(tile, runs). taps_at(row, column, taps) appends what a place of `to` is multiplied
-// with; `a` without its first pixel and taps, `lines` the plane's.
-template <class E, class TapsAt, class Store>
-inline void for_place_products(const ConvBlock& block, const Source& to, Range rows, Pixels a,
-                               const float* lines, const float* b, TapsAt taps_at, Store store) {
+// as for_products. taps_at(row, column, taps) appends what a place of `to` is multiplied with; `a`
+// without its first pixel and taps.
+template <class E, class TapsAt, class OperandsOf, class Store>
+inline void for_place_products(const ConvBlock& block, const Source& to, Range rows,
+                               Range channel_blocks, Pixels a, TapsAt taps_at,
+                               OperandsOf operands_of, Store store) {
   alignas(64) float tile[kStoreRows * kChannelBlock];
   std::vector<TapOffset> taps;
   const int64_t end_row = std::min(to.height, (rows.end + block.images - 1) / block.images);
@@ -22,11 +23,14 @@ inline void for_place_products(const ConvBlock& block, const Source& to, Range r
       for (int64_t piece = 0; piece < pieces; ++piece) {
         const int64_t begin = images.begin + images.size() * piece / pieces;
         const int64_t end = images.begin + images.size() * (piece + 1) / pieces;
-        a.first = lines + begin * kLine;
-        multiply<E>(a, b, tile, end - begin);
         Runs runs;
         runs.add(0, end - begin, to.pixel(block.image + begin, row, column), to.image_pitch);
-        store(tile, runs);
+        for (int64_t c = channel_blocks.begin; c < channel_blocks.end; ++c) {
+          const Operands operands = operands_of(c);
+          a.first = operands.lines + begin * kLine;
+          multiply<E>(a, operands.weights, tile, end - begin);
+          store(tile, runs, c);
+        }
       }
     }
   }

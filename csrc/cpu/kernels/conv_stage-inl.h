@@ -79,29 +79,22 @@ class Layout {
 template <class E, class Values>
 inline void stage_run(const Plane& plane, Range panels, int64_t channels, int64_t pixel,
                       int64_t count, int64_t from, int64_t step, const Values& values) {
-  constexpr int64_t kPixels = 8;  // for which coefficients stay in registers
-  constexpr int64_t kAhead = 16;
+  const int64_t ahead = step * rows_ahead(values.pixel_bytes());
   const int64_t first = panels.begin * kLineChannels<E>, padded = panels.end * kLineChannels<E>;
-  for (int64_t begin = 0; begin < count; begin += kPixels) {
-    const int64_t end = std::min(count, begin + kPixels);
-    // Behind the run's end is, mostly, the next one.
-    for (int64_t i = begin; i < end; ++i)
-      values.prefetch(from + (i + kAhead) * step, first, std::min(padded, channels));
-    for (int64_t c = first; c < padded; c += kWidth) {
-      float* line = plane.lines + c / kLineChannels<E> * plane.panel_stride + pixel * kLine;
-      const int64_t within = c % kLineChannels<E>;
-      const auto stage = [&](auto part) {
-        const auto value = values(c, part);
-        for (int64_t i = begin; i < end; ++i)
-          E::store_values(line + i * kLine, within, value(from + i * step));
-      };
-      if (c + kWidth <= channels)
-        stage(Full{});
-      else if (c < channels)
-        stage(Part{static_cast<int>(channels - c)});
-      else
-        for (int64_t i = begin; i < end; ++i)
-          E::store_values(line + i * kLine, within, broadcast(0.0f));
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t source = from + i * step;
+    float* line = plane.lines + panels.begin * plane.panel_stride + (pixel + i) * kLine;
+    for (int64_t c = first; c < padded; c += kLineChannels<E>, line += plane.panel_stride) {
+      values.prefetch(source + ahead, c, kLineChannels<E>);
+      for (int64_t within = 0; within < kLineChannels<E>; within += kWidth) {
+        const int64_t at = c + within;
+        if (at + kWidth <= channels)
+          E::store_values(line, within, values(source, at, Full{}));
+        else if (at < channels)
+          E::store_values(line, within, values(source, at, Part{static_cast<int>(channels - at)}));
+        else
+          E::store_values(line, within, broadcast(0.0f));
+      }
     }
   }
 }
@@ -172,14 +165,7 @@ void stage_plane(const ConvPlan& plan, const ConvBlock& block, const Source& sou
   plane.zero(panels, plan.at(block.images, 0, block), plan.margin + 1);
 }
 
-// Asks for the lines of memory that hold channels [begin, end) of a pixel or a weight.
-template <class T>
-inline void prefetch_channels(const T* values, int64_t begin, int64_t end) {
-  constexpr int64_t kStep = 64 / sizeof(T);
-  for (int64_t c = begin; c < end; c += kStep) __builtin_prefetch(values + c, 0, 2);
-}
-
-// What is staged: given the channels, a function from a pixel of memory to a Vec.
+// What is staged: a function from a pixel of memory and some of its channels to a Vec.
 //
 // x, or relu(scale * x + shift).
 template <class T>
@@ -189,17 +175,13 @@ struct InputValues {
   const float *scale, *shift;
 
   template <class P>
-  auto operator()(int64_t c, P part) const {
-    const bool normalised = scale != nullptr;
-    const Vec a = normalised ? load(scale + c, part) : broadcast(1.0f);
-    const Vec b = normalised ? load(shift + c, part) : broadcast(0.0f);
-    return [=, this](int64_t pixel) {
-      const Vec value = load(x + pixel * channels + c, part);
-      return normalised ? relu(fma(value, a, b)) : value;
-    };
+  Vec operator()(int64_t pixel, int64_t c, P part) const {
+    const Vec value = load(x + pixel * channels + c, part);
+    return scale ? relu(fma(value, load(scale + c, part), load(shift + c, part))) : value;
   }
-  void prefetch(int64_t pixel, int64_t begin, int64_t end) const {
-    prefetch_channels(x + pixel * channels, begin, end);
+  int64_t pixel_bytes() const { return channels * int64_t{sizeof(T)}; }
+  __attribute__((always_inline)) void prefetch(int64_t pixel, int64_t c, int64_t count) const {
+    prefetch_values(x + pixel * channels + c, count);
   }
 };
 
@@ -221,16 +203,14 @@ struct OutputGradients {
         coefficients(p.coefficients) {}
 
   template <class P>
-  auto operator()(int64_t c, P part) const {
-    const InputGradientVec gradient(mean, coefficients, c, part);
-    return [=, this](int64_t pixel) {
-      Vec g = load(grad + pixel * channels + c, part);
-      if (mask) g = keep(load_lanes(mask + pixel * mask_bytes(channels) + c / 8, part), g);
-      return gradient(g, load(y + pixel * channels + c, part));
-    };
+  Vec operator()(int64_t pixel, int64_t c, P part) const {
+    Vec g = load(grad + pixel * channels + c, part);
+    if (mask) g = keep(load_lanes(mask + pixel * mask_bytes(channels) + c / 8, part), g);
+    return InputGradientVec(mean, coefficients, c, part)(g, load(y + pixel * channels + c, part));
   }
-  void prefetch(int64_t pixel, int64_t begin, int64_t end) const {
-    prefetch_channels(grad + pixel * channels, begin, end);
-    prefetch_channels(y + pixel * channels, begin, end);
+  int64_t pixel_bytes() const { return channels * int64_t{sizeof(T)}; }
+  __attribute__((always_inline)) void prefetch(int64_t pixel, int64_t c, int64_t count) const {
+    prefetch_values(grad + pixel * channels + c, count);
+    prefetch_values(y + pixel * channels + c, count);
   }
 };

@@ -28,6 +28,11 @@ struct Runs {
     run[count++] = {begin, length, place, pixel, step};
     rows = begin + length;
   }
+  // How far behind the first pixel of the runs in memory those that follow them begin.
+  int64_t pixels() const {
+    const Run& last = run[count - 1];
+    return last.pixel + last.count * last.step - run[0].pixel;
+  }
 };
 
 // Calls body(runs) over some rows of a block's values of one image, at most kStoreRows of a product
@@ -94,31 +99,29 @@ inline void multiply_runs(const Runs& runs, Pixels a, const float* at, const flo
   }
 }
 
-// The products of some rows of a block, counted through its images: multiplies, calls store(tile,
-// runs). `a` without its first pixel; `lines` the plane's.
-template <class E, class Store>
+// What a block of channels is computed from: the plane's lines, and the block's weights.
+struct Operands {
+  const float *lines, *weights;
+};
+
+// The products of some rows of a block, counted through its images, for some blocks of channels:
+// multiplies, calls store(tile, runs, block of channels). `a` without its first pixel. Whole pixels
+// are stored one after another, and what is read with them comes in order, too.
+template <class E, class OperandsOf, class Store>
 inline void for_products(const ConvPlan& plan, const ConvBlock& block, const Source& source,
-                         Range rows, const Pixels& a, const float* lines, const float* b,
+                         Range rows, Range channel_blocks, const Pixels& a, OperandsOf operands_of,
                          Store store) {
   alignas(64) float tile[kStoreRows * kChannelBlock];
   for (int64_t image = rows.begin / block.rows; image * block.rows < rows.end; ++image) {
-    const int64_t before = image * block.rows;
+    const int64_t before = image * block.rows, first = plan.at(image, 0, block) * kLine;
     const Range of_image{std::max<int64_t>(0, rows.begin - before), rows.end - before};
     for_tiles<E>(plan, block, source, image, of_image, [&](const Runs& runs) {
-      multiply_runs<E>(runs, a, lines + plan.at(image, 0, block) * kLine, b, tile);
-      store(tile, runs);
+      for (int64_t c = channel_blocks.begin; c < channel_blocks.end; ++c) {
+        const Operands operands = operands_of(c);
+        multiply_runs<E>(runs, a, operands.lines + first, operands.weights, tile);
+        store(tile, runs, c);
+      }
     });
-  }
-}
-
-// Calls body(c, Full or Part) over the channels of one block.
-template <class Body>
-inline void for_block_channels(int64_t channels, int64_t first, Body body) {
-  for (int64_t c = first; c < std::min(channels, first + kChannelBlock); c += kWidth) {
-    if (c + kWidth <= channels)
-      body(c, Full{});
-    else
-      body(c, Part{static_cast<int>(channels - c)});
   }
 }
 
@@ -131,21 +134,6 @@ inline void add_to(double* sums, Vec value, P part) {
   for (int i = 0; i < count; ++i) sums[i] += lanes[i];
 }
 
-// The vectors of a block of channels, at one pixel.
-constexpr int kBlockVecs = kChannelBlock / kWidth;
-
-// Calls body(first channel, vectors, Full or Part) so that every channel of a block is met: all
-// together where the block is full, one vector at a time elsewhere.
-template <class Body>
-inline void for_block_vectors(int64_t channels, int64_t first, Body body) {
-  if (first + kChannelBlock <= channels)
-    body(first, std::integral_constant<int, kBlockVecs>{}, Full{});
-  else
-    for_block_channels(channels, first, [&](int64_t c, auto part) {
-      body(c, std::integral_constant<int, 1>{}, part);
-    });
-}
-
 // Calls body(row of the tile, pixel of memory) for every row of the runs.
 template <class Body>
 inline void for_rows(const float* tile, const Runs& runs, Body body) {
@@ -154,15 +142,6 @@ inline void for_rows(const float* tile, const Runs& runs, Body body) {
     for (int64_t r = 0; r < run.count; ++r)
       body(tile + (run.begin + r) * kChannelBlock, run.pixel + r * run.step);
   }
-}
-
-// Large results go past the caches: whole lines at a time, which need not be read before.
-template <class T, int vectors, class P>
-inline void store_values(T* to, const Vec (&values)[vectors], P part, bool past_caches) {
-  if constexpr (vectors == kBlockVecs) {
-    if (past_caches) return stream(to, values);
-  }
-  for (int v = 0; v < vectors; ++v) store(to + v * kWidth, values[v], part);
 }
 
 // y, and the sums of its values (as stored) about a shift, which is set from the first tile.
@@ -203,7 +182,8 @@ struct OutputStore {
 
  private:
   void store_shift(const float* tile, const Runs& runs, int64_t first) const {
-    for_block_channels(channels, first, [&](int64_t c, auto part) {
+    for_channels(std::min(channels - first, kChannelBlock), [&](int64_t within, auto part) {
+      const int64_t c = first + within;
       Vec total = broadcast(0.0f);
       int64_t count = 0;
       for_rows(tile + c - first, runs, [&](const float* row, int64_t) {
@@ -221,18 +201,19 @@ struct InputGradientStore {
   const ConvBackwardParams& p;
   double *sum_g, *sum_gx;
 
-  void operator()(const float* tile, const Runs& runs, int64_t first) const {
+  // ahead: how far behind each value of the addend lies the one to ask for; x was staged just now.
+  void operator()(const float* tile, const Runs& runs, int64_t first, int64_t ahead) const {
     if (p.scale)
-      store_tile<true, false>(tile, runs, first);
+      store_tile<true, false>(tile, runs, first, ahead);
     else if (p.addend)
-      store_tile<false, true>(tile, runs, first);
+      store_tile<false, true>(tile, runs, first, ahead);
     else
-      store_tile<false, false>(tile, runs, first);
+      store_tile<false, false>(tile, runs, first, ahead);
   }
 
  private:
   template <bool normalised, bool added>
-  void store_tile(const float* tile, const Runs& runs, int64_t first) const {
+  void store_tile(const float* tile, const Runs& runs, int64_t first, int64_t ahead) const {
     const int64_t channels = p.plan->shape.channels;
     const T* x = static_cast<const T*>(p.x);
     const T* addend = static_cast<const T*>(p.addend);
@@ -248,6 +229,7 @@ struct InputGradientStore {
       }
       for_rows(tile + c - first, runs, [&](const float* row, int64_t pixel) {
         const int64_t at = pixel * channels + c;
+        if constexpr (added) prefetch_values(addend + at + ahead, kVecs * kWidth);
         Vec values[kVecs];
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) {

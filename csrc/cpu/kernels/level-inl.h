@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every kernel of a level, on the level's Vec, and the table of them.
 
+#include "cpu/kernels/row-inl.h"
+
 #include "cpu/kernels/bn_act-inl.h"
 
 #include "cpu/kernels/max_pool-inl.h"

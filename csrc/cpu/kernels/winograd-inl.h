@@ -263,7 +263,8 @@ void winograd_input_gradient(const ConvBackwardParams& p, const ConvBlock& block
   const InputGradientStore<T> store_gradient{p, sums, sums + s.channels};
   for_winograd_products<tile>(plan, block, rows, staged.gradients, true, weight, in_blocks,
                               [&](const float* pixels, const Runs& runs, int64_t c, bool) {
-                                store_gradient(pixels, runs, c * kChannelBlock);
+                                store_gradient(pixels, runs, c * kChannelBlock,
+                                               runs.pixels() * s.channels);
                               });
   finish_streams();
 }
