@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "batch_norm.h"
@@ -55,14 +56,20 @@ int64_t input_bytes(const ConvShape& given, ConvMethod method, DType dtype) {
   return phases * staged_bytes(s.channels, method.tile, dtype);
 }
 
-// Without a halo, small blocks cost nothing and leave the cache to the weights. Tiles are so large
-// when staged that a block is best no larger than what is multiplied at a time.
-ConvPlan plan_blocks(const ConvShape& s, ConvMethod method, int64_t place_bytes) {
+// Without a halo, small blocks cost nothing and leave the cache to the weights, of which the
+// gradients are read and written for each block: of less than `least_pixels` they are most of the
+// work. Tiles are so large when staged that a block is best no larger than what is multiplied at a
+// time.
+ConvPlan plan_blocks(const ConvShape& s, ConvMethod method, int64_t place_bytes,
+                     int64_t least_pixels) {
   if (method.tile > 1) return ConvPlan(s, method, 1, kBlockTiles, threads());
   const ConvShape computed = ConvPlan::shape_of_products(s, method);
   const bool pointwise =
       computed.kernel_height * computed.kernel_width == 1 && computed.stride == 1;
-  return ConvPlan(s, method, place_bytes, second_level_cache() / (pointwise ? 8 : 4), threads());
+  const int64_t cache = second_level_cache();
+  const int64_t bytes =
+      std::clamp(least_pixels * place_bytes, cache / (pointwise ? 8 : 4), cache / 2);
+  return ConvPlan(s, method, place_bytes, bytes, threads());
 }
 
 ConvPlan plan_shared(const ConvShape& s, ConvMethod method, int64_t place_bytes) {
@@ -79,10 +86,10 @@ float* own_staged(int64_t floats) {
   static thread_local Scratch scratch;
   return scratch.floats(floats);
 }
-// A block of the weight, packed by the thread that multiplies with it.
-float* own_weight(const WeightPacking& weight) {
+// Blocks of the weight, packed by the thread that multiplies with them.
+float* own_weight(int64_t floats) {
   static thread_local Scratch scratch;
-  return scratch.floats(weight.block_floats());
+  return scratch.floats(floats);
 }
 // A thread's window on what it stages.
 float* own_window(const ConvPlan& plan) {
@@ -97,23 +104,74 @@ float* own_gradients(int64_t floats) {
   return scratch.floats(floats);
 }
 
-// The parts of a block that is shared out by channels.
-struct Share {
-  int64_t groups;  // of rows
-  int64_t blocks;  // of channels
-  Range whole_rows;
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-  Share(const ConvBlock& block, int64_t channels)
-      : groups(1), blocks(channel_blocks(channels)), whole_rows{0, block.images * block.rows} {
-    groups = std::min((threads() + blocks - 1) / blocks, whole_rows.end);
+// One of `parts` even parts of `count` things.
+Range part_of(int64_t count, int64_t parts, int64_t part) {
+  return {count * part / parts, count * (part + 1) / parts};
+}
+
+// How many parts `count` things make of at most `most` each, as many for every thread.
+int64_t parts_of(int64_t count, int64_t most) {
+  const int64_t parts = ceil_div(count, most);
+  return std::min(count, ceil_div(parts, threads()) * threads());
+}
+
+// The parts of a block that is shared out by channels: some blocks of channels, of some rows.
+struct Share {
+  int64_t groups;               // of rows
+  int64_t blocks, block_parts;  // of channels
+  int64_t whole_rows;
+
+  // weight_bytes: of a block of channels. Pixels come from a cache that threads share, and are read
+  // once for all channels of a part.
+  Share(const ConvBlock& block, int64_t channels, int64_t weight_bytes)
+      : blocks(channel_blocks(channels)),
+        block_parts(parts_of(
+            blocks, std::max<int64_t>(1, second_level_cache() / kWeightShare / weight_bytes))),
+        whole_rows(block.images * block.rows) {
+    groups = std::min(ceil_div(threads(), blocks), whole_rows);
   }
-  int64_t parts() const { return groups * blocks; }
-  int64_t group(int64_t part) const { return part / blocks; }
+  int64_t parts() const { return groups * block_parts; }
+  int64_t group(int64_t part) const { return part / block_parts; }
   Range rows(int64_t part) const { return rows_of_group(group(part)); }
-  Range rows_of_group(int64_t group) const {
-    return {whole_rows.end * group / groups, whole_rows.end * (group + 1) / groups};
+  Range rows_of_group(int64_t group) const { return part_of(whole_rows, groups, group); }
+  Range channel_blocks_of(int64_t part) const {
+    return part_of(blocks, block_parts, part % block_parts);
   }
-  Range channel_block(int64_t part) const { return {part % blocks, part % blocks + 1}; }
+
+ private:
+  static constexpr int64_t kWeightShare = 2;  // of the cache
+};
+
+// The parts of a weight's gradient: some blocks of output channels by some of the input channels
+// that they meet, so that what is staged is read less often than once for each pair of them.
+struct GradientParts {
+  int64_t out_blocks, met, out_parts, met_parts;
+
+  explicit GradientParts(const ConvPlan& plan)
+      : out_blocks(channel_blocks(plan.shape.out_channels)),
+        met(met_by_output(plan.shape, 0).count) {
+    const int64_t spare = std::max<int64_t>(1, out_blocks * met / threads());
+    int64_t outs = 1, mets = std::min<int64_t>(spare, 8);
+    if (plan.tile == 1) {
+      const int64_t pair_bytes = int64_t{sizeof(float)} * kPairSize * plan.products();
+      const int64_t pairs =
+          std::clamp<int64_t>(second_level_cache() / kGradientShare / pair_bytes, 1, spare);
+      mets = std::min(met, static_cast<int64_t>(std::sqrt(static_cast<double>(pairs))));
+      outs = pairs / mets;
+    }
+    met_parts = ceil_div(met, mets);
+    out_parts = parts_of(out_blocks, outs);
+  }
+  int64_t parts() const { return out_parts * met_parts; }
+  // Of a part, at most.
+  int64_t pairs() const { return ceil_div(out_blocks, out_parts) * ceil_div(met, met_parts); }
+  Range outs(int64_t part) const { return part_of(out_blocks, out_parts, part / met_parts); }
+  Range mets(int64_t part) const { return part_of(met, met_parts, part % met_parts); }
+
+ private:
+  static constexpr int64_t kGradientShare = 8;  // of the cache
 };
 
 // All of a weight, packed for the time of a call, or nothing.
@@ -129,19 +187,21 @@ class PackedWeight {
 };
 
 // The weight as the parts of a convolution that is shared out by channels multiply with it: each
-// part packs the block of its own, or, where that would be done for several blocks of pixels, all
+// part packs the blocks of its own, or, where that would be done for several blocks of pixels, all
 // are packed before.
 class PartWeight {
  public:
   PartWeight(const WeightPacking& weight, const ConvPlan& plan)
       : weight_(weight), packed_(weight, plan.blocks > 1) {}
 
-  const float* block(int64_t channel_block) const {
-    if (packed_.floats()) return packed_.floats() + channel_block * weight_.block_floats();
-    float* own = own_weight(weight_);
-    weight_.pack(channel_block, own);
+  const float* blocks(Range channel_blocks) const {
+    if (packed_.floats()) return packed_.floats() + channel_blocks.begin * weight_.block_floats();
+    float* own = own_weight(channel_blocks.size() * weight_.block_floats());
+    for (int64_t i = 0; i < channel_blocks.size(); ++i)
+      weight_.pack(channel_blocks.begin + i, own + i * weight_.block_floats());
     return own;
   }
+  int64_t block_bytes() const { return int64_t{sizeof(float)} * weight_.block_floats(); }
 
  private:
   const WeightPacking& weight_;
@@ -181,15 +241,18 @@ OutputMoments forward_by_channels(const ConvForwardParams& p, const WeightPackin
   const Temporary memory(table.conv_staged_floats(plan, p.dtype));
   float* staged = memory.floats();
   const PartWeight packed(weight, plan);
-  OutputMoments moments(Share(plan.block(0), out_channels).groups, out_channels);
+  const auto share_of = [&](const ConvBlock& block) {
+    return Share(block, out_channels, packed.block_bytes());
+  };
+  OutputMoments moments(share_of(plan.block(0)).groups, out_channels);
   for (int64_t i = 0; i < plan.blocks; ++i) {
     const ConvBlock block = plan.block(i);
     parallel_panels(
         panels, [&](Range range) { table.conv_stage(p, block, range, staged, own_window(plan)); });
-    const Share share(block, out_channels);
+    const Share share = share_of(block);
     parallel(share.parts(), [&](int64_t part) {
-      const Range channels = share.channel_block(part);
-      table.conv_forward(p, block, staged, packed.block(channels.begin), share.rows(part), channels,
+      const Range channels = share.channel_blocks_of(part);
+      table.conv_forward(p, block, staged, packed.blocks(channels), share.rows(part), channels,
                          moments.of(share.group(part)));
     });
     for (int64_t group = 0; group < share.groups; ++group)
@@ -239,43 +302,41 @@ std::vector<double> backward_by_blocks(const ConvBackwardParams& p, const Weight
 std::vector<double> backward_by_channels(const ConvBackwardParams& p, const WeightPacking& weight,
                                          WeightGradient& dweight) {
   const ConvPlan& plan = *p.plan;
-  const ConvShape& s = plan.shape;
+  const int64_t channels = plan.shape.channels;
   const KernelTable& table = kernels();
-  const int64_t out_blocks = channel_blocks(s.out_channels), met = met_by_output(s, 0).count;
-  const int64_t pair_floats = padded_size(plan) / (out_blocks * met);
-  // With tiles, a thread takes the blocks of some input channels together, so that what is staged
-  // is read less often.
-  const int64_t spare = plan.tile > 1 ? out_blocks * met / threads() : 1;
-  const int64_t together = std::clamp<int64_t>(spare, 1, std::min<int64_t>(8, met));
-  const int64_t met_parts = (met + together - 1) / together;
   const Temporary memory(table.conv_backward_staged_floats(plan, p.dtype));
   float* staged = memory.floats();
+  const GradientParts gradient_parts(plan);
+  const int64_t part_floats = gradient_parts.pairs() * kPairSize * plan.products();
   // Added up over the blocks, if there are several.
-  const Temporary totals(plan.blocks > 1 ? padded_size(plan) : 0);
+  const Temporary totals(plan.blocks > 1 ? gradient_parts.parts() * part_floats : 0);
   float* total = totals.floats();
   const PartWeight packed(weight, plan);
-  std::vector<double> sums(Share(plan.block(0), s.channels).groups * 2 * s.channels);
+  const auto share_of = [&](const ConvBlock& block) {
+    return Share(block, channels, packed.block_bytes());
+  };
+  std::vector<double> sums(share_of(plan.block(0)).groups * 2 * channels);
   for (int64_t i = 0; i < plan.blocks; ++i) {
     const ConvBlock block = plan.block(i);
     parallel_panels(backward_panels(p), [&](Range range) {
       table.conv_backward_stage(p, block, range, staged, own_window(plan));
     });
-    const Share share(block, s.channels);
+    const Share share = share_of(block);
     if (p.dx)
       parallel(share.parts(), [&](int64_t part) {
-        const Range channels = share.channel_block(part);
-        table.conv_input_gradient(p, block, staged, packed.block(channels.begin), share.rows(part),
-                                  channels, &sums[share.group(part) * 2 * s.channels]);
+        const Range blocks = share.channel_blocks_of(part);
+        table.conv_input_gradient(p, block, staged, packed.blocks(blocks), share.rows(part), blocks,
+                                  &sums[share.group(part) * 2 * channels]);
       });
-    parallel(out_blocks * met_parts, [&](int64_t part) {
-      const int64_t n = part / met_parts, first = part % met_parts * together;
-      const Range range{first, std::min(met, first + together)};
-      float* gradients =
-          total ? total + (n * met + first) * pair_floats : own_gradients(together * pair_floats);
-      table.conv_weight_gradient(p, block, staged, {n, n + 1}, range, i > 0, gradients);
+    parallel(gradient_parts.parts(), [&](int64_t part) {
+      const Range outs = gradient_parts.outs(part), mets = gradient_parts.mets(part);
+      float* gradients = total ? total + part * part_floats : own_gradients(part_floats);
+      table.conv_weight_gradient(p, block, staged, outs, mets, i > 0, gradients);
       if (i + 1 < plan.blocks) return;
-      for (int64_t c = range.begin; c < range.end; ++c)
-        dweight.store(n, c, gradients, c - first, range.end - first, 1, 0);
+      const int64_t pairs = outs.size() * mets.size();
+      for (int64_t pair = 0; pair < pairs; ++pair)
+        dweight.store(outs.begin + pair / mets.size(), mets.begin + pair % mets.size(), gradients,
+                      pair, pairs, 1, 0);
     });
   }
   return sums;
@@ -336,11 +397,12 @@ Sharing share_forward(const ConvShape& s, DType dtype, bool normalised) {
     const int64_t whole_bytes = int64_t{sizeof(float)} * table.conv_staged_floats(whole, dtype);
     if (preference(method) * threads() * weight_bytes > 2 * whole_bytes)
       return {true, plan_shared(s, method, place_bytes)};
-    return {false, plan_blocks(s, method, place_bytes)};
+    return {false, plan_blocks(s, method, place_bytes, 1)};
   });
 }
 
 Sharing share_backward(const ConvShape& s, DType dtype, bool normalised, bool wants_dx) {
+  constexpr int64_t kLeastPixels = 256;
   return cheapest(s, dtype, !normalised && !wants_dx, [&](ConvMethod method) -> Sharing {
     const int64_t place_bytes =
         input_bytes(s, method, dtype) +
@@ -349,7 +411,7 @@ Sharing share_backward(const ConvShape& s, DType dtype, bool normalised, bool wa
     const int64_t staged_floats = kernels().conv_backward_staged_floats(whole, dtype);
     if (preference(method) * threads() * padded_size(whole) > staged_floats)
       return {true, plan_shared(s, method, place_bytes)};
-    return {false, plan_blocks(s, method, place_bytes)};
+    return {false, plan_blocks(s, method, place_bytes, kLeastPixels)};
   });
 }
 

@@ -100,15 +100,18 @@ void WeightGradient::store_as(int64_t n0, int64_t c0, const float* tiles, int64_
     for (int64_t n = 0; n < rows; ++n) {
       const float* row = tiles + t * kPairSize + n * kChannelBlock;
       float total[kChannelBlock];
-      std::copy(row, row + kChannelBlock, total);
-      for (int64_t i = 1; i < count; ++i)
-        for (int64_t c = 0; c < kChannelBlock; ++c) total[c] += row[i * stride + c];
+      if (count > 1) {
+        for (int64_t c = 0; c < kChannelBlock; ++c) total[c] = row[c] + row[stride + c];
+        for (int64_t i = 2; i < count; ++i)
+          for (int64_t c = 0; c < kChannelBlock; ++c) total[c] += row[i * stride + c];
+        row = total;
+      }
       // The columns that belong to the row's group.
       const int64_t group = (n0 + n) / (s.out_channels / s.groups) * width;
       const int64_t end = std::min(kChannelBlock, group + width - c0);
       W* to = at_tap + (n0 + n) * strides_[0] + (c0 - group) * strides_[1];
       for (int64_t c = std::max<int64_t>(0, group - c0); c < end; ++c)
-        to[c * strides_[1]] = static_cast<W>(total[c]);
+        to[c * strides_[1]] = static_cast<W>(row[c]);
     }
   }
 }
