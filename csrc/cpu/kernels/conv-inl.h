@@ -75,11 +75,11 @@ void conv_forward_of(const ConvForwardParams& p, const ConvBlock& block, float* 
     return {first.lines + panel * first.panel_stride,
             weight + (n - out_blocks.begin) * count * tap_block};
   };
-  // With the first tile of each block of channels.
+  // With the first tile of all blocks of channels.
   int64_t shifts_to_set = moments.first ? out_blocks.size() : 0;
-  const auto store = [&](const float* tile, const Runs& runs, int64_t n) {
-    store_output(tile, runs, n * kChannelBlock, shifts_to_set > 0);
-    --shifts_to_set;
+  const auto store = [&](const Tile& tile, const Runs& runs) {
+    store_output(tile, runs, shifts_to_set > 0);
+    shifts_to_set -= tile.blocks;
   };
   const Source to = source_of_output(plan);
   if (plan.by_places)
@@ -221,12 +221,14 @@ void conv_input_gradient_of(const ConvBackwardParams& p, const ConvBlock& block,
       return {gradients.lines + panel * gradients.panel_stride,
               weight + (c - in_blocks.begin) * count * tap_block};
     };
-    const auto store = [&](const float* tile, const Runs& runs, int64_t c) {
-      // The next block of the same pixels, then the first one of those that follow.
-      const int64_t done = (c - in_blocks.begin) * kChannelBlock;
-      const int64_t ahead =
-          c + 1 < in_blocks.end ? kChannelBlock : runs.pixels() * plan.shape.channels - done;
-      store_gradient(tile, runs, c * kChannelBlock, ahead);
+    const int64_t end = in_blocks.end * kChannelBlock;
+    const auto store = [&](const Tile& tile, const Runs& runs) {
+      // The next channels of the same pixels, then the first ones of those that follow.
+      const int64_t next = tile.first + tile.blocks * kChannelBlock;
+      const int64_t ahead = next < end ? next - tile.first
+                                       : runs.pixels() * plan.shape.channels +
+                                             in_blocks.begin * kChannelBlock - tile.first;
+      store_gradient(tile, runs, ahead);
     };
     const Source to = source_of_phase(plan, phase);
     if (plan.by_places)

@@ -8,7 +8,7 @@ template <class E, class TapsAt, class OperandsOf, class Store>
 inline void for_place_products(const ConvBlock& block, const Source& to, Range rows,
                                Range channel_blocks, Pixels a, TapsAt taps_at,
                                OperandsOf operands_of, Store store) {
-  alignas(64) float tile[kStoreRows * kChannelBlock];
+  alignas(64) float products[kStoreBlocks * Tile::kBlockFloats];
   std::vector<TapOffset> taps;
   const int64_t end_row = std::min(to.height, (rows.end + block.images - 1) / block.images);
   for (int64_t row = rows.begin / block.images; row < end_row; ++row) {
@@ -25,12 +25,15 @@ inline void for_place_products(const ConvBlock& block, const Source& to, Range r
         const int64_t end = images.begin + images.size() * (piece + 1) / pieces;
         Runs runs;
         runs.add(0, end - begin, to.pixel(block.image + begin, row, column), to.image_pitch);
-        for (int64_t c = channel_blocks.begin; c < channel_blocks.end; ++c) {
-          const Operands operands = operands_of(c);
-          a.first = operands.lines + begin * kLine;
-          multiply<E>(a, operands.weights, tile, end - begin);
-          store(tile, runs, c);
-        }
+        for_store_blocks(channel_blocks, [&](Range blocks) {
+          for (int64_t c = blocks.begin; c < blocks.end; ++c) {
+            const Operands operands = operands_of(c);
+            a.first = operands.lines + begin * kLine;
+            multiply<E>(a, operands.weights, products + (c - blocks.begin) * Tile::kBlockFloats,
+                        end - begin);
+          }
+          store(Tile{products, blocks.begin * kChannelBlock, blocks.size()}, runs);
+        });
       }
     }
   }

@@ -45,8 +45,14 @@ __attribute__((always_inline)) inline void prefetch_values(const T* values, int6
 // Large results go past the caches: whole lines at a time, which need not be read before.
 template <class T, int vectors, class P>
 inline void store_values(T* to, const Vec (&values)[vectors], P part, bool past_caches) {
-  if constexpr (vectors == kBlockVecs) {
-    if (past_caches) return stream(to, values);
+  if constexpr (vectors % kBlockVecs == 0) {
+    if (past_caches) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; v += kBlockVecs)
+        stream(to + v * kWidth, reinterpret_cast<const Vec(&)[kBlockVecs]>(values[v]));
+      return;
+    }
   }
+#pragma GCC unroll 4
   for (int v = 0; v < vectors; ++v) store(to + v * kWidth, values[v], part);
 }

@@ -152,7 +152,7 @@ inline void add_runs(const ConvPlan& plan, const ConvBlock& block, int64_t place
 }
 
 // The outputs of some rows of a block's tiles in some blocks of channels: calls store(pixels, runs,
-// block of channels, whether these are its first).
+// whether these are the first of the block of channels).
 template <int tile, class Store>
 inline void for_winograd_products(const ConvPlan& plan, const ConvBlock& block, Range rows,
                                   const Positions& a, bool transposed, const float* weight,
@@ -177,7 +177,7 @@ inline void for_winograd_products(const ConvPlan& plan, const ConvBlock& block, 
           products.pixels(t, pixels + row * kChannelBlock);
           add_runs<tile>(plan, block, place + t, row, runs);
         }
-        store_pixels(pixels, runs, n, place == begin && first == 0);
+        store_pixels(Tile{pixels, n * kChannelBlock, 1}, runs, place == begin && first == 0);
       }
     }
   }
@@ -210,9 +210,8 @@ void winograd_forward(const ConvForwardParams& p, const ConvBlock& block, float*
   const Positions staged(layout, plan, s.channels);
   const OutputStore<T> store_output{static_cast<T*>(p.y), s.out_channels, p.past_caches, moments};
   for_winograd_products<tile>(plan, block, rows, staged, false, weight, out_blocks,
-                              [&](const float* pixels, const Runs& runs, int64_t n, bool first) {
-                                store_output(pixels, runs, n * kChannelBlock,
-                                             first && moments.first);
+                              [&](const Tile& pixels, const Runs& runs, bool first) {
+                                store_output(pixels, runs, first && moments.first);
                               });
   finish_streams();
 }
@@ -262,9 +261,8 @@ void winograd_input_gradient(const ConvBackwardParams& p, const ConvBlock& block
   const WinogradBackward staged(plan, memory);
   const InputGradientStore<T> store_gradient{p, sums, sums + s.channels};
   for_winograd_products<tile>(plan, block, rows, staged.gradients, true, weight, in_blocks,
-                              [&](const float* pixels, const Runs& runs, int64_t c, bool) {
-                                store_gradient(pixels, runs, c * kChannelBlock,
-                                               runs.pixels() * s.channels);
+                              [&](const Tile& pixels, const Runs& runs, bool) {
+                                store_gradient(pixels, runs, runs.pixels() * s.channels);
                               });
   finish_streams();
 }
