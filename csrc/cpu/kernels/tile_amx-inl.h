@@ -96,6 +96,10 @@ inline void outer_product<TilePair>(const Lines& a, const Lines& b, int64_t coun
                                     float* c) {
   finish_stores();
   float* lower = c + kAmxRows * kChannelBlock;
+  // The sums that the next product adds to lie behind these. They come from far: those of a weight
+  // of many channels do not stay in the second-level cache.
+  constexpr int64_t kAhead = 8 * kLine;
+  const float *next = c + kPairSize, *end = add ? next + kPairSize : next;
   if (add) {
     _tile_loadd(0, c, kColumnBytes);
     _tile_loadd(1, c + kLine, kColumnBytes);
@@ -109,6 +113,10 @@ inline void outer_product<TilePair>(const Lines& a, const Lines& b, int64_t coun
   }
   for (int64_t line = 0; line < count; line += kAmxRows) {
     const float *left = a.first + line * kLine, *right = b.first + line * kLine;
+    if (next < end) {
+      for (int64_t i = 0; i < kAhead; i += kLine) __builtin_prefetch(next + i, 1);
+      next += kAhead;
+    }
     _tile_loadd(4, left, kLineBytes);
     _tile_loadd(6, right, kLineBytes);
     _tile_dpbf16ps(0, 4, 6);
