@@ -91,14 +91,17 @@ ConvPlan::ConvPlan(const ConvShape& given, ConvMethod method, int64_t bytes_a_pi
 
   const int64_t row_bytes = pitch * bytes_a_pixel;
   rows = std::clamp<int64_t>(block_bytes / row_bytes - 2 * halo, 1, grid_height);
-  // At least one block a thread, and rows spread evenly over the blocks.
-  const int64_t wanted = std::max(ceil_div(grid_height, rows), ceil_div(threads, s.batch));
+  // As many blocks for every thread, and rows spread evenly over them.
+  int64_t wanted = std::max(ceil_div(grid_height, rows), ceil_div(threads, s.batch));
+  if (wanted > 1 && s.batch % threads != 0) wanted = round_up(wanted, threads);
   rows = ceil_div(grid_height, std::min(wanted, grid_height));
   blocks_an_image = ceil_div(grid_height, rows);
   images = 1;
-  if (blocks_an_image == 1)
-    images = std::clamp<int64_t>(block_bytes / (row_bytes * (rows + halo)), 1,
-                                 std::max<int64_t>(1, s.batch / threads));
+  if (blocks_an_image == 1) {
+    const int64_t fitting = std::max<int64_t>(1, block_bytes / (row_bytes * (rows + halo)));
+    const int64_t wanted_blocks = round_up(ceil_div(s.batch, fitting), threads);
+    images = std::max<int64_t>(1, ceil_div(s.batch, std::max<int64_t>(1, wanted_blocks)));
+  }
   blocks = blocks_an_image == 1 ? ceil_div(s.batch, images) : s.batch * blocks_an_image;
 }
 

@@ -93,25 +93,27 @@ void WeightGradient::store_as(int64_t n0, int64_t c0, const float* tiles, int64_
   const ConvShape& s = plan_.shape;
   const int64_t rows = std::min(kChannelBlock, s.out_channels - n0);
   const int64_t width = s.channels / s.groups;
-  for (size_t t = 0; t < plan_.taps.size(); ++t) {
-    const int64_t tap = plan_.taps[t].weight;
-    W* at_tap = static_cast<W*>(data_) + tap / s.kernel_width * strides_[2] +
-                tap % s.kernel_width * strides_[3];
-    for (int64_t n = 0; n < rows; ++n) {
+  float total[kChannelBlock];
+  for (int64_t n = 0; n < rows; ++n) {
+    // The columns that belong to the row's group.
+    const int64_t group = (n0 + n) / (s.out_channels / s.groups) * width;
+    const int64_t begin = std::max<int64_t>(0, group - c0);
+    const int64_t end = std::min(kChannelBlock, group + width - c0);
+    W* of_row = static_cast<W*>(data_) + (n0 + n) * strides_[0] + (c0 - group) * strides_[1];
+    for (size_t t = 0; t < plan_.taps.size(); ++t) {
       const float* row = tiles + t * kPairSize + n * kChannelBlock;
-      float total[kChannelBlock];
       if (count > 1) {
         for (int64_t c = 0; c < kChannelBlock; ++c) total[c] = row[c] + row[stride + c];
         for (int64_t i = 2; i < count; ++i)
           for (int64_t c = 0; c < kChannelBlock; ++c) total[c] += row[i * stride + c];
         row = total;
       }
-      // The columns that belong to the row's group.
-      const int64_t group = (n0 + n) / (s.out_channels / s.groups) * width;
-      const int64_t end = std::min(kChannelBlock, group + width - c0);
-      W* to = at_tap + (n0 + n) * strides_[0] + (c0 - group) * strides_[1];
-      for (int64_t c = std::max<int64_t>(0, group - c0); c < end; ++c)
-        to[c * strides_[1]] = static_cast<W>(row[c]);
+      const int64_t tap = plan_.taps[t].weight;
+      W* to = of_row + tap / s.kernel_width * strides_[2] + tap % s.kernel_width * strides_[3];
+      if (strides_[1] == 1)
+        for (int64_t c = begin; c < end; ++c) to[c] = static_cast<W>(row[c]);
+      else
+        for (int64_t c = begin; c < end; ++c) to[c * strides_[1]] = static_cast<W>(row[c]);
     }
   }
 }

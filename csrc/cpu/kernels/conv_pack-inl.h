@@ -18,6 +18,11 @@ inline void load_weights(const ConvWeight& weight, const ConvShape& s, int64_t n
     for (int64_t i = 0; i < count; i += kWidth) store(values + i, load(from + i, Full{}), Full{});
     return;
   }
+  if (end - begin == count) {
+    for (int64_t i = 0; i < count; i += kWidth)
+      store(values + i, load_apart(from + i * stride, stride), Full{});
+    return;
+  }
   std::fill(values, values + count, 0.0f);
   for (int64_t i = begin; i < end; ++i) values[i] = static_cast<float>(from[i * stride]);
 }
@@ -60,17 +65,22 @@ void conv_pack_of(const ConvWeight& weight, const ConvPlan& plan, bool transpose
   const MetBlocks met = transposed ? met_by_input(s, block) : met_by_output(s, block);
   const int64_t column = block * kChannelBlock, row = met.first * kChannelBlock;
   const int64_t chunks = met.count * kBlockPanels<E>;
-  for (const Tap& tap : plan.taps) {
-    if (plan.by_places && plan.places_met(tap) == 0) {  // never read
-      packed += chunks * kLine * kChannelBlock;
-      continue;
-    }
-    const int64_t offset = tap.weight / s.kernel_width * weight.strides[2] +
-                           tap.weight % s.kernel_width * weight.strides[3];
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      pack_chunk<E, W>(weight, s, transposed, column, row + chunk * kLineChannels<E>, offset,
-                       packed);
-      packed += kLine * kChannelBlock;
-    }
+  const auto pack = [&](int64_t tap, int64_t chunk) {
+    const Tap& t = plan.taps[tap];
+    if (plan.by_places && plan.places_met(t) == 0) return;  // never read
+    const int64_t offset = t.weight / s.kernel_width * weight.strides[2] +
+                           t.weight % s.kernel_width * weight.strides[3];
+    pack_chunk<E, W>(weight, s, transposed, column, row + chunk * kLineChannels<E>, offset,
+                     packed + (tap * chunks + chunk) * kLine * kChannelBlock);
+  };
+  // In the order in which they lie in memory: channels of a tap, or taps of a channel, next to each
+  // other.
+  const auto taps = static_cast<int64_t>(plan.taps.size());
+  if (weight.strides[1] == 1) {
+    for (int64_t tap = 0; tap < taps; ++tap)
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) pack(tap, chunk);
+  } else {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      for (int64_t tap = 0; tap < taps; ++tap) pack(tap, chunk);
   }
 }

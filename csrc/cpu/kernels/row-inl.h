@@ -26,6 +26,14 @@ inline void for_block_vectors(int64_t channels, int64_t first, Body body) {
   });
 }
 
+// Values that lie `stride` apart, where the level has no instruction for it.
+template <class T>
+inline Vec load_apart(const T* p, int64_t stride) {
+  float values[kWidth];
+  for (int i = 0; i < kWidth; ++i) values[i] = static_cast<float>(p[i * stride]);
+  return load(values, Full{});
+}
+
 // How far ahead memory is asked for, a line with every line that is read: this reads twice as fast
 // as asking for many lines at a time, and a third faster than the processor left to itself.
 constexpr int64_t kBytesAhead = 4096;

@@ -27,6 +27,12 @@ inline Vec load(const BFloat16* p, Full) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
 }
 
+inline Vec load_apart(const float* p, int64_t stride) {
+  const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  const __m256i at = _mm256_mullo_epi32(lane, _mm256_set1_epi32(static_cast<int>(stride)));
+  return {_mm256_i32gather_ps(p, at, 4)};
+}
+
 inline void store(float* p, Vec a, Full) { _mm256_storeu_ps(p, a.v); }
 inline void store(Half* p, Vec a, Full) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),

@@ -5,7 +5,8 @@
 // broadcast, +, -, *, fma, relu (a NaN stays), load and store of float, BFloat16 and Half with
 // Full{} or, for the last channels, Part{count}; Lanes, one bit a lane: passes_relu, keep (zero
 // elsewhere), load_lanes, store_lanes (bit i of the bytes is lane i; bits beyond a Part are 0),
-// exceeds (greater, or the first is NaN), select; Bytes, one a lane: broadcast_byte, select, equal,
+// exceeds (greater, or the first is NaN), select; load_apart, of float alone and only
+// where it is faster than row-inl.h's; Bytes, one a lane: broadcast_byte, select, equal,
 // load_bytes, store_bytes, widen (to floats), truncated (from floats in 0..255); transpose of 16 x
 // 16 floats or words, rows a stride apart; rounded, stream, finish_streams.
 
@@ -58,6 +59,13 @@ inline Vec load(const T* p, Full) {
 template <class T>
 inline Vec load(const T* p, Part part) {
   return widen(p, _mm256_maskz_loadu_epi16(first(part), p));
+}
+
+// Values that lie `stride` apart.
+inline Vec load_apart(const float* p, int64_t stride) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i at = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(stride)));
+  return {_mm512_i32gather_ps(at, p, 4)};
 }
 
 inline void store(float* p, Vec a, Full) { _mm512_storeu_ps(p, a.v); }
