@@ -66,6 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_max_pool_backward_cpu(
   p.x = x.const_data_ptr();
   p.mean = bn.mean;
   p.dx = dx.mutable_data_ptr();
+  p.past_caches = past_caches(dx);
   const KernelTable& table = kernels();
 
   const Partition pooled(s.batch * s.out_height, s.out_width * s.channels);

@@ -25,6 +25,7 @@ struct MaxPoolBackwardParams {
   const void* x;
   const float* mean;  // [channels]
   void* dx;
+  bool past_caches;  // dx is too large to be found in a cache by whoever reads it next
 };
 
 }  // namespace fastresnet::cpu

@@ -147,7 +147,8 @@ void max_pool_backward_of(const MaxPoolBackwardParams& p, const BnCoefficients& 
     int64_t at;  // of the window's pooled values
     uint8_t position;
   } windows[kMaxPoolKernel * kMaxPoolKernel];
-  for (int64_t row = end - 1; row >= begin; --row) {
+  const int64_t ahead = rows_ahead(s.channels * sizeof(T)) * s.channels;
+  for (int64_t row = begin; row < end; ++row) {
     const int64_t image = row / s.height, i = row % s.height;
     Cover rows, columns;
     rows.move_to(i, s, s.out_height);
@@ -163,16 +164,26 @@ void max_pool_backward_of(const MaxPoolBackwardParams& p, const BnCoefficients& 
         }
       const int64_t pixel = (row * s.width + j) * s.channels;
       const auto write = [&](auto number) {
-        for_channels(s.channels, [&](int64_t c, auto part) {
-          Vec g = broadcast(0.0f);
-          for (int w = 0; w < number; ++w) {
-            const Bytes position = load_bytes(p.index + windows[w].at + c, part);
-            const Lanes here = equal(position, broadcast_byte(windows[w].position));
-            g = g + keep(here, load(grad + windows[w].at + c, part));
+        const auto write_block = [&](int64_t first, auto vectors, auto part) {
+          constexpr int kVecs = vectors;
+          prefetch_values(x + pixel + first + ahead, kVecs * kWidth);
+          Vec values[kVecs];
+#pragma GCC unroll 4
+          for (int v = 0; v < kVecs; ++v) {
+            const int64_t c = first + v * kWidth;
+            Vec g = broadcast(0.0f);
+            for (int w = 0; w < number; ++w) {
+              const Bytes position = load_bytes(p.index + windows[w].at + c, part);
+              const Lanes here = equal(position, broadcast_byte(windows[w].position));
+              g = g + keep(here, load(grad + windows[w].at + c, part));
+            }
+            const InputGradientVec gradient(p.mean, k, c, part);
+            values[v] = gradient(g, load(x + pixel + c, part));
           }
-          const InputGradientVec gradient(p.mean, k, c, part);
-          store(dx + pixel + c, gradient(g, load(x + pixel + c, part)), part);
-        });
+          store_values(dx + pixel + first, values, part, p.past_caches);
+        };
+        for (int64_t first = 0; first < s.channels; first += kChannelBlock)
+          for_block_vectors(s.channels, first, write_block);
       };
       switch (count) {  // those of a 3x3 window of stride 2 are unrolled
         case 1:
@@ -189,6 +200,7 @@ void max_pool_backward_of(const MaxPoolBackwardParams& p, const BnCoefficients& 
       }
     }
   }
+  finish_streams();
 }
 
 void max_pool_forward(const MaxPoolForwardParams& p, int64_t begin, int64_t end) {
