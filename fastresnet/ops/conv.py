@@ -20,8 +20,8 @@ from . import choice, conv_graph, reference
 from .bn_act import KERNEL_DTYPES, has_kernel
 from .reference import ConvGradients, Normalized
 
-# Where the kernels are the faster convolutions: measured, but on AMX, whose prototype was. Without
-# instructions for it they compute bfloat16 in float32, where torch's are several times slower.
+# Where the kernels are the faster convolutions, as measured. Without instructions for it they
+# compute bfloat16 in float32, where torch's are several times slower.
 _LEVEL_DTYPES = dict.fromkeys(
     ("amx", "avx512_bf16", "avx512", "avx2"), (torch.float32, torch.bfloat16)
 )
