@@ -6,7 +6,6 @@
 namespace fastresnet::cpu {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -99,8 +98,7 @@ ConvPlan::ConvPlan(const ConvShape& given, ConvMethod method, int64_t bytes_a_pi
   images = 1;
   if (blocks_an_image == 1) {
     const int64_t fitting = std::max<int64_t>(1, block_bytes / (row_bytes * (rows + halo)));
-    const int64_t wanted_blocks = round_up(ceil_div(s.batch, fitting), threads);
-    images = std::max<int64_t>(1, ceil_div(s.batch, std::max<int64_t>(1, wanted_blocks)));
+    images = ceil_div(s.batch, round_up(ceil_div(s.batch, fitting), threads));
   }
   blocks = blocks_an_image == 1 ? ceil_div(s.batch, images) : s.batch * blocks_an_image;
 }

@@ -31,6 +31,8 @@
 
 namespace fastresnet::cpu {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct ConvShape {
   int64_t batch, height, width, channels;
   int64_t out_height, out_width, out_channels;

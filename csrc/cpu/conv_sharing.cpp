@@ -104,13 +104,6 @@ float* own_gradients(int64_t floats) {
   return scratch.floats(floats);
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// One of `parts` even parts of `count` things.
-Range part_of(int64_t count, int64_t parts, int64_t part) {
-  return {count * part / parts, count * (part + 1) / parts};
-}
-
 // How many parts `count` things make of at most `most` each, as many for every thread.
 int64_t parts_of(int64_t count, int64_t most) {
   const int64_t parts = ceil_div(count, most);
@@ -219,7 +212,8 @@ OutputMoments forward_by_blocks(const ConvForwardParams& p, const WeightPacking&
   const PackedWeight packed(weight, true);
   parallel(parts, [&](int64_t part) {
     float *staged = own_staged(floats), *window = own_window(plan);
-    for (int64_t i = plan.blocks * part / parts; i < plan.blocks * (part + 1) / parts; ++i) {
+    const Range blocks = part_of(plan.blocks, parts, part);
+    for (int64_t i = blocks.begin; i < blocks.end; ++i) {
       const ConvBlock block = plan.block(i);
       const Range rows{0, block.images * block.rows};
       const int64_t outputs = plan.outputs(block, rows);
@@ -283,14 +277,14 @@ std::vector<double> backward_by_blocks(const ConvBackwardParams& p, const Weight
   const PackedWeight packed(weight, p.dx != nullptr);
   parallel(parts, [&](int64_t part) {
     float *staged = own_staged(floats), *window = own_window(plan);
-    const int64_t first = plan.blocks * part / parts;
-    for (int64_t i = first; i < plan.blocks * (part + 1) / parts; ++i) {
+    const Range blocks = part_of(plan.blocks, parts, part);
+    for (int64_t i = blocks.begin; i < blocks.end; ++i) {
       const ConvBlock block = plan.block(i);
       table.conv_backward_stage(p, block, {0, panels}, staged, window);
       if (p.dx)
         table.conv_input_gradient(p, block, staged, packed.floats(), {0, block.images * block.rows},
                                   {0, in_blocks}, &sums[part * 2 * s.channels]);
-      table.conv_weight_gradient(p, block, staged, {0, out_blocks}, {0, met}, i > first,
+      table.conv_weight_gradient(p, block, staged, {0, out_blocks}, {0, met}, i > blocks.begin,
                                  shares + part * share);
     }
   });

@@ -13,4 +13,9 @@ struct Range {
   bool has(int64_t i) const { return begin <= i && i < end; }
 };
 
+// One of `parts` even parts of `count` things.
+inline Range part_of(int64_t count, int64_t parts, int64_t part) {
+  return {count * part / parts, count * (part + 1) / parts};
+}
+
 }  // namespace fastresnet::cpu

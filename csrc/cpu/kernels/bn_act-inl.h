@@ -3,15 +3,14 @@
 // Included once per ISA level, after that level's vec_*-inl.h, inside its namespace and target.
 // It knows nothing of threads: the entries in bn_act.cpp give each a range of rows.
 //
-// Every pass reads its tensors once, a block of several rows at a time, so that a channel's
-// coefficients are loaded once for all of them. The rows of a block are read side by side, which
-// hides their order from the hardware's prefetcher; so each block asks for the next one in memory
-// order (3 to 4 times the bandwidth where the tensor is not in cache).
-// Sums run over kTileRows rows in float and are then added up in double, which keeps the error of
-// the total at a few roundings.
+// Every pass reads its tensors once. The forward takes one row after another. The others take a
+// block of several rows at a time, so that a channel's coefficients and sums are loaded once for
+// all of them. The rows of a block are read side by side, which hides their order from the
+// hardware's prefetcher; so each block asks for the next one in memory order (3 to 4 times the
+// bandwidth where the tensor is not in cache). Sums run over kTileRows rows in float and are then
+// added up in double, which keeps the error of the total at a few roundings.
 
 constexpr int64_t kTileRows = 64;
-constexpr int64_t kCacheLine = 64;
 
 // A block of `count` rows from `row`, and where the block lies that comes after it.
 template <int n>
@@ -19,12 +18,10 @@ struct Block {
   static constexpr int count = n;
   int64_t row, next;
 
-  // The share of the next block that belongs to the step at channel c. Forced inline: gcc takes a
-  // function that only prefetches for one without effect and drops the call.
+  // The share of the next block that belongs to the step at channel c.
   template <class T>
   __attribute__((always_inline)) void prefetch(const T* tensor, int64_t channels, int64_t c) const {
-    const char* p = reinterpret_cast<const char*>(tensor + next * channels + c * n);
-    for (size_t i = 0; i < n * kWidth * sizeof(T); i += kCacheLine) __builtin_prefetch(p + i);
+    prefetch_values(tensor + next * channels + c * n, n * kWidth);
   }
 };
 

@@ -98,7 +98,7 @@ inline void outer_product<TilePair>(const Lines& a, const Lines& b, int64_t coun
   float* lower = c + kAmxRows * kChannelBlock;
   // The sums that the next product adds to lie behind these. They come from far: those of a weight
   // of many channels do not stay in the second-level cache.
-  constexpr int64_t kAhead = 8 * kLine;
+  constexpr int64_t kAskedAtOnce = 8 * kLine;
   const float *next = c + kPairSize, *end = add ? next + kPairSize : next;
   if (add) {
     _tile_loadd(0, c, kColumnBytes);
@@ -114,8 +114,8 @@ inline void outer_product<TilePair>(const Lines& a, const Lines& b, int64_t coun
   for (int64_t line = 0; line < count; line += kAmxRows) {
     const float *left = a.first + line * kLine, *right = b.first + line * kLine;
     if (next < end) {
-      for (int64_t i = 0; i < kAhead; i += kLine) __builtin_prefetch(next + i, 1);
-      next += kAhead;
+      for (int64_t i = 0; i < kAskedAtOnce; i += kLine) __builtin_prefetch(next + i, 1);
+      next += kAskedAtOnce;
     }
     _tile_loadd(4, left, kLineBytes);
     _tile_loadd(6, right, kLineBytes);
