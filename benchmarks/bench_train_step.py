@@ -162,8 +162,7 @@ class Trainer:
         self.images = images.contiguous(memory_format=provider.memory_format)
         self.labels = labels
         self.low_precision = case.dtype == "bfloat16" and not provider.stock
-        # fused is the fastest of torch's three, for every provider.
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+        self.optimizer = provider.optimizer(self.model)
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.low_precision)

@@ -9,6 +9,7 @@ from bisect import bisect_right
 import torch
 from torch import nn
 
+from fastresnet import optim
 from fastresnet.train.config import OptimConfig, ScheduleConfig
 
 
@@ -33,12 +34,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     # One kernel for all parameters' steps, on the CPU and on GPUs.
     match config.kind:
         case "sgd":
-            optimizer = torch.optim.SGD(
-                groups,
-                lr=config.lr,
-                momentum=config.momentum,
-                nesterov=config.nesterov,
-                fused=True,
+            optimizer = optim.SGD(
+                groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov
             )
             if config.momentum:
                 # torch leaves them uninitialised where a first step is not taken, as with
@@ -47,13 +44,14 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             return optimizer
         case "adam":
-            return torch.optim.Adam(groups, lr=config.lr, betas=config.betas, fused=True)
+            return optim.Adam(groups, lr=config.lr, betas=config.betas)
         case "adamw":
-            return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+            return optim.AdamW(groups, lr=config.lr, betas=config.betas)
         case "adagrad":
             # torch has the fused one for the CPU only.
-            fused = all(parameter.device.type == "cpu" for parameter in parameters)
-            return torch.optim.Adagrad(groups, lr=config.lr, fused=fused)
+            if all(parameter.device.type == "cpu" for parameter in parameters):
+                return optim.Adagrad(groups, lr=config.lr)
+            return torch.optim.Adagrad(groups, lr=config.lr)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
