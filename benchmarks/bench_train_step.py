@@ -15,7 +15,7 @@ from itertools import chain
 import pytest
 import torch
 import torchvision
-from harness import Comparison
+from harness import Comparison, relative_errors
 from providers import (
     FACTORIES,
     MODEL_PROVIDERS,
@@ -133,7 +133,11 @@ def compare(
     for provider in providers:
         trainer = Trainer(case, provider, weights, images, labels)
         comparison.add(provider.name, trainer.step, trainer.results, role=provider.role)
-    comparison.check(truth(case, weights, images, labels), partial=partial)
+    comparison.check(
+        truth(case, weights, images, labels),
+        partial=partial,
+        elsewhere=lambda: largest_errors(case, providers[0], weights),
+    )
     return comparison
 
 
@@ -202,7 +206,22 @@ def truth(
     return forward_backward(without_dropout(model.train()), images.to(case.truth_dtype), labels)
 
 
-def batch(case: Case, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
+def largest_errors(
+    case: Case, provider: ModelProvider, weights: dict[str, torch.Tensor], batches: int = 5
+) -> dict[str, float]:
+    """A provider's, over other batches. Where maps are small, a ReLU that a rounding turns around
+    is felt: torchvision's ResNet-50 at 32 px in float32 is 3e-6 to 7e-3 from float64, batch by
+    batch."""
+    largest: dict[str, float] = {}
+    for seed in range(2, 2 + batches):
+        images, labels = batch(case, classes=head_of(weights).numel(), seed=seed)
+        results = Trainer(case, provider, weights, images, labels).results()
+        errors = relative_errors(results, truth(case, weights, images, labels))
+        largest = {name: max(value, largest.get(name, 0.0)) for name, value in errors.items()}
+    return largest
+
+
+def batch(case: Case, classes: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     images = torch.randn(case.batch, 3, case.side, case.side, generator=generator)
     return images, torch.randint(classes, (case.batch,), generator=generator)

@@ -21,7 +21,7 @@ import report
 import torch
 from bench_conv_layers import Torch, TorchConvolution
 from layers import POSITIONS, Layer, conv_layers
-from providers import MODEL_PROVIDERS
+from providers import MODEL_PROVIDERS, initial_weights
 from roofline import Peak, Roofline, measure
 
 from fastresnet.data import ImageSet
@@ -176,6 +176,45 @@ def test_what_a_baseline_cannot_tell_is_refused_or_named() -> None:
     refused = comparison_of(1e-3, 2e-3)
     refused.check(truth)
     assert refused.providers[1].status.startswith("failed: a is 2.00e-03 from truth")
+
+
+def test_errors_that_depend_on_the_input_are_judged_by_several() -> None:
+    truth = {"a": torch.ones(4), "b": torch.ones(4)}
+
+    def elsewhere() -> dict[str, float]:
+        return {"a": 2e-3, "b": 0.0}
+
+    unlucky = comparison_of(1e-3, 2e-3)
+    unlucky.check(truth, elsewhere=elsewhere)
+    assert unlucky.providers[1].status == "ok"
+    assert unlucky.config["baseline_elsewhere"] == elsewhere()
+    wrong = comparison_of(1e-3, 4e-3)
+    wrong.check(truth, elsewhere=elsewhere)
+    assert wrong.providers[1].status.startswith("failed: a is 4.00e-03 from truth (3.00e-03)")
+    # However far off the baseline is, an error that zeros would have is none to pass.
+    zeros = comparison_of(1e-3, -1.0)
+    zeros.check(truth, elsewhere=lambda: {"a": 1.0, "b": 0.0})
+    assert zeros.providers[1].status.startswith("failed: a is 1.00e+00")
+    lucky = comparison_of(1e-3, 1e-3)
+    lucky.check(truth, elsewhere=lambda: pytest.fail("not asked for"))
+
+
+def test_a_generation_of_processors_has_a_name_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = "cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\nflags\t\t: fpu\n\n"
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.setattr(Path, "read_text", lambda _: text + text)
+    assert harness.cpu_model() == "AMD EPYC (family 26, model 2)"
+
+
+def test_largest_errors_are_those_of_other_batches() -> None:
+    case = bench_train_step.Case("resnet18", 32, 4, "float32")
+    weights = initial_weights("resnet18")
+    baseline = MODEL_PROVIDERS[0]
+    errors = bench_train_step.largest_errors(case, baseline, weights, batches=2)
+    assert errors.keys() == {"logits", "gradient"}
+    assert all(0 < error < 1e-2 for error in errors.values())
 
 
 def test_a_training_step_of_both() -> None:
