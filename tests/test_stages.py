@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -290,3 +291,20 @@ def test_a_block_that_is_no_node_interrupts_the_chain(monkeypatch: pytest.Monkey
     expected = step(twin, x)
     for key, value in expected.items():
         assert torch.equal(ours[key], value), key
+
+
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["exponential", "cumulative"])
+def test_a_block_that_is_met_twice_remembers_both_batches(momentum: float | None) -> None:
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet.BasicBlock(32, 32)
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+    ours = fastresnet.convert(copy.deepcopy(theirs))
+    x = channels_last(2, 32, 8, 8)
+    stages.run_stages([nn.Sequential(ours, ours)], x)
+    theirs(theirs(x))
+    wanted = theirs.state_dict()
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-5)
+    assert ours.bn1.num_batches_tracked == 2

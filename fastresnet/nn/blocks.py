@@ -13,6 +13,7 @@ from .folded_block import folded_block
 from .folding import Foldable, forget_folds
 from .links import Link
 from .residual import residual_block
+from .running_stats import update_running_stats
 from .sequential import FusedSequential
 
 
@@ -39,7 +40,10 @@ def fused_block(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor | None:
         return folded_block(block.links, block.relu, block.downsample, x)
     forget_folds(block)
     result = residual_block(block.links, block.relu, block.downsample, x)
-    return None if result is None else result[0]
+    if result is None:
+        return None
+    update_running_stats(result.seen)
+    return result.out
 
 
 class BasicBlock(Foldable, resnet.BasicBlock):

@@ -21,18 +21,19 @@ from .batch_norm import is_relu
 from .join import Join
 from .links import (
     Link,
+    batches_seen,
     channels_fit,
     computed_dtype,
     forward_links,
     is_plain,
     is_standard,
-    remember,
     runs_as_node,
     save_for_backward,
     saved_tensors,
     sizes_behind,
     values_a_channel,
 )
+from .running_stats import update_running_stats
 from .windows import square_windows
 
 _LEAST_CHANNELS = 16  # fewer would fill the kernels' blocks with zeros
@@ -74,7 +75,7 @@ def run_chain(modules: Sequence[nn.Module], x: Any) -> tuple[Any, int, Join | No
         windows = None
     parameters = [parameter for link in links for parameter in link.parameters]
     out, source, *statistics = _Chain.apply(links, windows, x, *parameters)
-    remember(links, statistics, counts)
+    update_running_stats(batches_seen(links, statistics, counts))
     return out, length + (windows is not None), source if out.requires_grad else None
 
 
@@ -147,7 +148,7 @@ class _Chain(torch.autograd.Function):
         sums = grad.new_zeros((2, grad.shape[1]), dtype=torch.float64)
         for index in reversed(range(len(links))):
             wants_dx = index > 0 or ctx.needs_input_grad[2]
-            result = ops.conv_bn_backward(
+            result = ops.launch_conv_bn_backward(
                 *(grad, None, sums, output, outputs[index - 1] if index else x, weights[index]),
                 **links[index].geometry,
                 wants_dx=wants_dx,

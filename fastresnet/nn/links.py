@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops import ConvGradients, Normalized
 from .batch_norm import has_hooks, is_transformed
-from .running_stats import Seen, update_running_stats
+from .running_stats import Seen
 
 
 class Link(NamedTuple):
@@ -60,7 +60,7 @@ class Link(NamedTuple):
         A batch norm takes a bias of the convolution away again, so none is added: it counts in the
         mean only.
         """
-        y, mean, var = ops.conv_stats(x, weight, **self.geometry)
+        y, mean, var = ops.launch_conv_stats(x, weight, **self.geometry)
         if not self.uses_batch:
             mean, var = self.bn.running_mean.float(), self.bn.running_var.float()
             mean = mean if bias is None else mean - bias.float()
@@ -94,19 +94,21 @@ def forward_links(
     return outputs
 
 
-def remember(links: Sequence[Link], statistics: Sequence[Tensor], counts: Sequence[int]) -> None:
-    """Updates running statistics where they are kept.
+def batches_seen(
+    links: Sequence[Link], statistics: Sequence[Tensor], counts: Sequence[int]
+) -> list[Seen]:
+    """What there is to remember, where running statistics are kept.
 
     Args:
         statistics: mean and biased variance of each link's output.
         counts: how many values each channel of those has.
     """
     means_and_vars = zip(statistics[::2], statistics[1::2], strict=True)
-    update_running_stats(
+    return [
         link.seen(*pair, count)
         for link, pair, count in zip(links, means_and_vars, counts, strict=True)
         if link.bn.training and link.bn.track_running_stats
-    )
+    ]
 
 
 def save_for_backward(

@@ -12,7 +12,7 @@ Deep Nets with Sublinear Memory Cost", 2016).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +23,26 @@ from .batch_norm import has_hooks
 from .join import Join, put_together, taken_apart
 from .links import (
     Link,
+    batches_seen,
     channels_fit,
     forward_links,
     is_plain,
-    remember,
     runs_as_node,
     save_for_backward,
     saved_tensors,
     sizes_behind,
     values_a_channel,
 )
+from .running_stats import Seen
 from .sequential import FusedSequential
+
+
+class Output(NamedTuple):
+    """A block's output, what it is made of, and what its batch norms have to remember."""
+
+    out: Tensor
+    join: Join
+    seen: list[Seen]
 
 
 def residual_block(
@@ -42,7 +51,7 @@ def residual_block(
     downsample: nn.Module | None,
     x: Tensor,
     source: Join | None = None,
-) -> tuple[Tensor, Join] | None:
+) -> Output | None:
     """The whole block as one node, or None (and nothing done) where something asks for more: a
     hook, a tracer, a module of another class, a convolution that the kernels do not take.
 
@@ -52,9 +61,6 @@ def residual_block(
         downsample: the shortcut, None for the identity.
         x: [N, C, H, W].
         source: what ``x`` is made of, to be saved instead of it.
-
-    Returns:
-        The output, and what it is made of.
     """
     if not runs_as_node(x) or type(relu) is not nn.ReLU or has_hooks(relu):
         return None
@@ -74,8 +80,7 @@ def residual_block(
 
     parameters = [parameter for link in every for parameter in link.parameters]
     out, join, *statistics = _ResidualBlock.apply(links, projection, source, x, *parameters)
-    remember(every, statistics, counts)
-    return out, join
+    return Output(out, join, batches_seen(every, statistics, counts))
 
 
 def branches_fit(last: Link, projection: Link | None, x: Tensor) -> bool:
@@ -146,7 +151,7 @@ class _ResidualBlock(torch.autograd.Function):
         # projection.
         addend, addend_mask = grad, mask
         if shortcut is not None:
-            result = ops.conv_bn_backward(
+            result = ops.launch_conv_bn_backward(
                 *(grad, mask, shortcut_sums, shortcut, x, weights[-1]),
                 **projection.geometry,
                 wants_dx=wants_dx,
@@ -155,7 +160,7 @@ class _ResidualBlock(torch.autograd.Function):
             addend, addend_mask = result.x, None
         for index in reversed(range(len(links))):
             first = index == 0
-            result = ops.conv_bn_backward(
+            result = ops.launch_conv_bn_backward(
                 *(grad, mask, sums, outputs[index]),
                 *(x if first else outputs[index - 1], weights[index]),
                 **links[index].geometry,

@@ -23,9 +23,14 @@ class Seen(NamedTuple):
 def update_running_stats(batches: Iterable[Seen]) -> None:
     """Moves the running statistics of batch norms towards those of their batches.
 
-    All of them together: calls of torch would cost a block more than the few numbers do.
+    All of them together: calls of torch would cost a block more than the few numbers do. One that
+    has normalised several remembers them in turn.
     """
     batches = list(batches)
+    if len({seen.bn for seen in batches}) < len(batches):
+        for seen in batches:
+            update_running_stats([seen])
+        return
     counters = [seen.bn.num_batches_tracked for seen in batches]
     counters = [counter for counter in counters if counter is not None]
     if counters:

@@ -29,14 +29,15 @@ from .blocks import BasicBlock, Bottleneck
 from .join import Join, Settings, put_together, taken_apart
 from .links import (
     Link,
+    batches_seen,
     channels_fit,
     computed_dtype,
     is_standard,
-    remember,
     sizes_behind,
     values_a_channel,
 )
 from .residual import as_link, branches_fit
+from .running_stats import Seen, update_running_stats
 
 
 class Convolutions(NamedTuple):
@@ -79,8 +80,11 @@ def run_segments(blocks: Sequence[BasicBlock | Bottleneck], x: Tensor) -> Tensor
         channels = convolutions.links[-1].conv.out_channels
         like = torch.empty((x.shape[0], channels, *sizes), device="meta")
     branches = None
+    seen: list[Seen] = []
     for convolutions in found:
-        branches = _run_segment(convolutions, x, branches)
+        branches, of_segment = _run_segment(convolutions, x, branches)
+        seen += of_segment
+    update_running_stats(seen)
     return add_relu(blocks[-1].relu, *branches)
 
 
@@ -112,19 +116,21 @@ def _is_plain(link: Link, x: Tensor) -> bool:
     )
 
 
-def _run_segment(convolutions: Convolutions, x: Tensor, branches: Branches | None) -> Branches:
+def _run_segment(
+    convolutions: Convolutions, x: Tensor, branches: Branches | None
+) -> tuple[Branches, list[Seen]]:
     """The join of ``branches`` (the block's input ``x`` where there are none yet) and the
-    convolutions behind it."""
+    convolutions behind it; and what their batch norms have to remember."""
     links, projection, counts = convolutions
     head, settings = ([x], None) if branches is None else taken_apart(_join(branches))
     weights = [link.conv.weight for link in convolutions.every]
     norms = [vector for link in links[:-1] for vector in (link.bn.weight, link.bn.bias)]
     y, shortcut, *statistics = _Segment.apply(convolutions, settings, *head, *weights, *norms)
-    remember(convolutions.every, statistics, counts)
+    seen = batches_seen(convolutions.every, statistics, counts)
     if projection is not None:
         shortcut = _pending(projection, shortcut, *statistics[-2:])
     last = 2 * len(links) - 2
-    return Branches(_pending(links[-1], y, *statistics[last : last + 2]), shortcut)
+    return Branches(_pending(links[-1], y, *statistics[last : last + 2]), shortcut), seen
 
 
 def _join(branches: Branches) -> Join:

@@ -26,6 +26,7 @@ from .folding import forget_folds
 from .join import Join
 from .links import runs_as_node
 from .residual import residual_block
+from .running_stats import Seen, update_running_stats
 from .segments import run_segments
 from .sequential import FusedSequential
 
@@ -52,15 +53,18 @@ def run_stages(stages: Sequence[nn.Module], x: Any, source: Join | None = None) 
 
 
 def _run_nodes(blocks: Sequence[Block], x: Tensor, source: Join | None) -> Tensor:
+    seen: list[Seen] = []
     for block in blocks:
         result = residual_block(block.links, block.relu, block.downsample, x, source)
         if result is None:
             x, source = block(x), None
             continue
-        x, join = result
+        x, join, of_block = result
+        seen += of_block
         # A block without anything to train saves nothing.
         saved = x.requires_grad and join.is_made_of_saved(source is None)
         source = join if saved else None
+    update_running_stats(seen)
     return x
 
 

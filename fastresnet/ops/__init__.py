@@ -14,7 +14,14 @@ from .bn_act import (
     bn_stats,
     has_kernel,
 )
-from .conv import bn_sums, conv_bn_backward, conv_stats, has_conv_kernel
+from .conv import (
+    bn_sums,
+    conv_bn_backward,
+    conv_stats,
+    has_conv_kernel,
+    launch_conv_bn_backward,
+    launch_conv_stats,
+)
 from .conv_graph import Geometry
 from .conv_relu import conv_relu, has_conv_relu_kernel
 from .max_pool import bn_relu_max_pool, has_max_pool_kernel
@@ -45,6 +52,8 @@ __all__ = [
     "has_conv_relu_kernel",
     "has_kernel",
     "has_max_pool_kernel",
+    "launch_conv_bn_backward",
+    "launch_conv_stats",
     "reference",
     "reference_warp",
     "warp",

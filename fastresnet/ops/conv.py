@@ -71,8 +71,8 @@ def conv_stats(
     Raises:
         ValueError: shapes do not fit each other.
     """
-    source, bn = (x.x, x) if isinstance(x, Normalized) else (x, None)
-    if bn is None and x.device.type in choice.DEVICES and has_kernel(x):
+    source = x.x if isinstance(x, Normalized) else x
+    if source is x and x.device.type in choice.DEVICES and has_kernel(x):
         filters = weight.to(dtype=x.dtype, memory_format=torch.channels_last)
         geometry = conv_graph.Geometry(stride, padding, dilation, groups)
         return conv_graph.conv_stats(x, filters, geometry)
@@ -80,6 +80,14 @@ def conv_stats(
         return reference.conv_stats(
             x, weight, stride=stride, padding=padding, dilation=dilation, groups=groups
         )
+    return launch_conv_stats(x, weight, stride, padding, dilation, groups)
+
+
+def launch_conv_stats(
+    x: Tensor | Normalized, weight: Tensor, stride: int, padding: int, dilation: int, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`conv_stats` of what :func:`has_conv_kernel` was asked about before."""
+    source, bn = (x.x, x) if isinstance(x, Normalized) else (x, None)
     return torch.ops.fastresnet.conv_stats.default(
         source, *_prologue(bn), weight, stride, padding, dilation, groups
     )
@@ -142,18 +150,40 @@ def conv_bn_backward(
     Returns:
         The gradients. Where ``x`` has a batch norm, its gradient is the one behind that.
     """
-    source, bn = (x.x, x) if isinstance(x, Normalized) else (x, None)
+    source = x.x if isinstance(x, Normalized) else x
+    run = launch_conv_bn_backward
     if not has_conv_kernel(source, weight, groups):
-        return reference.conv_bn_backward(
-            *(grad, mask, sums, y, x, weight),
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            addend=addend,
-            addend_mask=addend_mask,
-            wants_dx=wants_dx,
-        )
+        run = reference.conv_bn_backward
+    return run(
+        *(grad, mask, sums, y, x, weight),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        addend=addend,
+        addend_mask=addend_mask,
+        wants_dx=wants_dx,
+    )
+
+
+def launch_conv_bn_backward(
+    grad: Tensor,
+    mask: Tensor | None,
+    sums: Tensor,
+    y: Normalized,
+    x: Tensor | Normalized,
+    weight: Tensor,
+    *,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    addend: Tensor | None = None,
+    addend_mask: Tensor | None = None,
+    wants_dx: bool = True,
+) -> ConvGradients:
+    """:func:`conv_bn_backward` of what :func:`has_conv_kernel` was asked about before."""
+    source, bn = (x.x, x) if isinstance(x, Normalized) else (x, None)
     dx, dweight, dbn_weight, dbn_bias, x_sums = torch.ops.fastresnet.conv_bn_backward.default(
         *(grad, mask, sums, y.x, y.mean, y.var, y.weight, y.eps, y.training),
         *(source, *_prologue(bn), weight, addend, addend_mask),
