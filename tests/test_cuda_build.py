@@ -201,6 +201,9 @@ def check_reductions_use_warps_and_tickets(code: dict[str, dict[str, Kernel]]) -
             for opcode in ("SHFL.DOWN", "ATOM", "BAR.SYNC"):
                 wanted = reduces or (opcode == "BAR.SYNC" and kernel.name not in PLAIN)
                 assert (opcode in names) == wanted, f"{architecture} {function}: {opcode}"
+            # Stores before the ticket, loads behind it.
+            fences = sum(n for i, n in kernel.instructions.items() if i.startswith("MEMBAR"))
+            assert fences >= 2 * reduces, f"{architecture} {function}: {fences} fences"
 
 
 CHECKS = [

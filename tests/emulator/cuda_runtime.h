@@ -35,25 +35,25 @@ inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
 inline void __syncthreads(EMULATOR_SITE) { emulator::barrier(site); }
-// Memory is sequentially consistent here, so a fence has nothing to do.
-inline void __threadfence() {}
+inline void __threadfence(EMULATOR_SITE) { emulator::fence(site); }
 
 // ---- Global memory.
 
 template <typename T>
 T __ldg(const T* p, EMULATOR_SITE) {
-  emulator::access(p, sizeof(T), emulator::Access::load, site);
+  emulator::access(p, sizeof(T), emulator::Access::read_only_load, site);
   return *p;
 }
 template <typename T>
 T __ldcg(const T* p, EMULATOR_SITE) {
   emulator::look(p);
-  return __ldg(p, site);
+  emulator::access(p, sizeof(T), emulator::Access::load, site);
+  return *p;
 }
 template <typename T>
 void __stwb(T* p, T value, EMULATOR_SITE) {
   emulator::access(p, sizeof(T), emulator::Access::store, site);
-  *p = value;
+  emulator::store(p, &value, sizeof(T));
 }
 
 // Reads *p, stores update(*p) and returns what was read, all at once.
@@ -87,7 +87,7 @@ T atomicCAS(T* p, T expected, T value, EMULATOR_SITE) {
 
 // The value of lane `source`, or the own one where there is no such lane.
 template <typename T>
-T emulated_shuffle(unsigned mask, T value, int source) {
+T emulated_shuffle(unsigned mask, T value, int source, const std::source_location& site) {
   struct Arguments {
     T value, result;
     int source;
@@ -104,23 +104,23 @@ T emulated_shuffle(unsigned mask, T value, int source) {
           own->result = source->value;
         }
       },
-      &arguments, mask);
+      &arguments, mask, site);
   return arguments.result;
 }
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int source) {
-  return emulated_shuffle(mask, value, source & 31);
+T __shfl_sync(unsigned mask, T value, int source, EMULATOR_SITE) {
+  return emulated_shuffle(mask, value, source & 31, site);
 }
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
-  return emulated_shuffle(mask, value, emulator::lane() + static_cast<int>(delta));
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, EMULATOR_SITE) {
+  return emulated_shuffle(mask, value, emulator::lane() + static_cast<int>(delta), site);
 }
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int bits) {
-  return emulated_shuffle(mask, value, emulator::lane() ^ bits);
+T __shfl_xor_sync(unsigned mask, T value, int bits, EMULATOR_SITE) {
+  return emulated_shuffle(mask, value, emulator::lane() ^ bits, site);
 }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
+inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATOR_SITE) {
   struct Arguments {
     int predicate;
     unsigned result;
@@ -134,19 +134,24 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
         for (int i = 0; i < 32; ++i)
           if (lanes[i]) static_cast<Arguments*>(lanes[i])->result = votes;
       },
-      &arguments, mask);
+      &arguments, mask, site);
   return arguments.result;
 }
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
-inline void __syncwarp(unsigned mask = 0xffffffffu) {
+inline int __any_sync(unsigned mask, int predicate, EMULATOR_SITE) {
+  return __ballot_sync(mask, predicate, site) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, EMULATOR_SITE) {
+  return __ballot_sync(mask, !predicate, site) == 0;
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATOR_SITE) {
   char nothing;
-  emulator::warp_collective([](void* const*) {}, &nothing, mask);
+  emulator::warp_collective([](void* const*) {}, &nothing, mask, site);
 }
 
 // ---- The host's side.
 
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  emulator::check_range(p, bytes);
   if (!emulator::faults().no_memset) std::memset(p, value, bytes);
   return cudaSuccess;
 }

@@ -49,6 +49,15 @@ struct Copy {
   size_t bytes;
 };
 
+// A store that other blocks do not see yet: while one of them runs, memory holds what was there
+// before, and these bytes are here.
+struct Unfenced {
+  char* address;
+  size_t bytes;
+  std::array<char, 16> hidden;
+  int thread, epoch;
+};
+
 enum class State { ready, at_barrier, at_collective, done };
 
 struct Fiber {
@@ -59,7 +68,7 @@ struct Fiber {
   bool held = false;
   Block* block = nullptr;
   int index = 0;
-  std::source_location site;  // of the barrier
+  std::source_location site;  // of the barrier or collective
   Collective collective = nullptr;
   void* arguments = nullptr;
   unsigned mask = 0;
@@ -77,6 +86,8 @@ struct Block {
   std::vector<char> shared;                    // its shared memory while another block runs
   std::vector<std::array<char, 16>> dynamic_shared;
   std::vector<Request> requests;
+  std::vector<Unfenced> unfenced;  // oldest first
+  int epoch = 0;                   // how many barriers it has passed
   int waiting = 0, done = 0;
 };
 
@@ -92,15 +103,16 @@ Faults planted;
 std::mt19937_64 random_source;
 GlobalMemory memory;
 std::map<const void*, size_t> dynamic_limits;
-std::set<unsigned> barrier_lines;
-unsigned skipped_barrier;
+std::set<unsigned> barrier_lines, fence_lines;
+unsigned skipped_line;  // whose barrier or fence does nothing
 std::string error;
 
 const std::function<void()>* kernel;
-size_t dynamic_bytes;  // of the kernel
+size_t dynamic_bytes, dynamic_limit;  // of the kernel
 std::vector<std::unique_ptr<Block>> pool;
 Block* current_block;
 Fiber* current;
+bool communicates;  // blocks, in this launch
 std::jmp_buf scheduler;
 
 // ---- Fibers. Entered through ucontext once, then switched by longjmp, which makes no system call.
@@ -220,12 +232,33 @@ Segment find_shared_memory() {
   return found;
 }
 
+void exchange(Unfenced& store) {
+  std::swap_ranges(store.address, store.address + store.bytes, store.hidden.begin());
+}
+void hide_stores(Block& block) {
+  std::for_each(block.unfenced.rbegin(), block.unfenced.rend(), exchange);
+}
+void show_stores(Block& block) {
+  std::for_each(block.unfenced.begin(), block.unfenced.end(), exchange);
+}
+
+// From here on blocks may ask for what others store. Most kernels never do.
+void begin_to_communicate() {
+  if (communicates) return;
+  communicates = true;
+  for (auto& block : pool)
+    if (block.get() != current_block) hide_stores(*block);
+}
+
 void enter(Block& block) {
   if (current_block != &block) {
     const Segment segment = find_shared_memory();
-    if (current_block != nullptr)
+    if (current_block != nullptr) {
       std::memcpy(current_block->shared.data(), segment.begin, segment.size);
+      if (communicates) hide_stores(*current_block);
+    }
     std::memcpy(segment.begin, block.shared.data(), segment.size);
+    if (communicates) show_stores(block);
     current_block = &block;
   }
   blockIdx = block.index;
@@ -250,7 +283,7 @@ void start(Block& block, int64_t linear, int threads) {
   block.index = {static_cast<unsigned>(linear % gridDim.x),
                  static_cast<unsigned>(linear / gridDim.x % gridDim.y),
                  static_cast<unsigned>(linear / gridDim.x / gridDim.y)};
-  block.waiting = block.done = 0;
+  block.waiting = block.done = block.epoch = 0;
   // All bits set: NaN to whoever reads what nobody has written.
   block.shared.assign(find_shared_memory().size, static_cast<char>(0xff));
   std::array<char, 16> unwritten;
@@ -306,10 +339,14 @@ Round run_round(Block& block) {
 void finish(Block& block) {
   memory.finish_block(block.requests);
   enter(block);
+  block.unfenced.clear();
   const Segment segment = find_shared_memory();
   const size_t used = segment.size - std::count(segment.begin, segment.begin + segment.size,
                                                 static_cast<char>(0xff));
-  if (used > kSharedLimit) error = "a kernel with more static shared memory than a device accepts";
+  if (used > kSharedLimit)
+    error = "a kernel with more static shared memory than a device accepts";
+  else if (used + dynamic_bytes > dynamic_limit)
+    error = "more static and dynamic shared memory together than the kernel may have";
 }
 
 // Lets one of the threads that were held back go on, if there is any.
@@ -361,20 +398,22 @@ void run_blocks(int threads) {
 
 }  // namespace
 
-void launch(dim3 grid, dim3 block, size_t dynamic, size_t dynamic_limit,
+void launch(dim3 grid, dim3 block, size_t dynamic, size_t limit,
             const std::function<void()>& body) {
   if (!error.empty()) return;
   const int64_t threads = int64_t{block.x} * block.y * block.z;
-  if (threads < 1 || threads > 1024 || grid.x < 1 || grid.x > 0x7fffffffu || grid.y < 1 ||
-      grid.y > 65535 || grid.z < 1 || grid.z > 65535) {
+  if (threads < 1 || threads > 1024 || block.z > 64 || grid.x < 1 || grid.x > 0x7fffffffu ||
+      grid.y < 1 || grid.y > 65535 || grid.z < 1 || grid.z > 65535) {
     error = "a launch that no device accepts";
     return;
   }
-  if (dynamic > dynamic_limit) {
+  if (dynamic > limit) {
     error = "more dynamic shared memory than the kernel may have";
     return;
   }
-  dynamic_bytes = dynamic;
+  dynamic_bytes = dynamic, dynamic_limit = limit;
+  communicates = false;
+  for (auto& used : pool) used->unfenced.clear();
   memory.begin_launch();
   gridDim = grid;
   blockDim = block;
@@ -388,30 +427,38 @@ void launch(dim3 grid, dim3 block, size_t dynamic, size_t dynamic_limit,
   }
 }
 
+bool is_same(const std::source_location& a, const std::source_location& b) {
+  return a.line() == b.line() && a.column() == b.column() &&
+         std::strcmp(a.file_name(), b.file_name()) == 0;
+}
+
 void barrier(const std::source_location& site) {
   barrier_lines.insert(site.line());
-  if (site.line() == skipped_barrier) return;
+  if (site.line() == skipped_line) return;
   Block& block = *current->block;
   current->site = site;
   current->state = State::at_barrier;
   if (block.done > 0) fail("line %u: a barrier that other threads exited before", site.line());
   if (++block.waiting < static_cast<int>(block.threads.size())) return to_scheduler();
   for (auto& fiber : block.threads)
-    if (fiber->site.line() != site.line())
+    if (!is_same(fiber->site, site))
       fail("threads of one block wait at different barriers, lines %u and %u", fiber->site.line(),
            site.line());
   block.waiting = 0;
+  ++block.epoch;
   for (auto& fiber : block.threads) fiber->state = State::ready;
 }
 
 int lane() { return current->index % kWarp; }
 
-void warp_collective(Collective perform, void* arguments, unsigned mask) {
+void warp_collective(Collective perform, void* arguments, unsigned mask,
+                     const std::source_location& site) {
   Block& block = *current->block;
   if (!(mask >> lane() & 1)) fail("lane %d calls for a mask %08x without it", lane(), mask);
   current->collective = perform;
   current->arguments = arguments;
   current->mask = mask;
+  current->site = site;
   current->state = State::at_collective;
 
   void* lanes[kWarp] = {};
@@ -422,7 +469,7 @@ void warp_collective(Collective perform, void* arguments, unsigned mask) {
     const Fiber& other = *block.threads[first + i];
     if (other.state == State::done) fail("mask %08x names lane %d, which has exited", mask, i);
     if (other.state != State::at_collective) return to_scheduler();
-    if (other.collective != perform || other.mask != mask)
+    if (other.collective != perform || other.mask != mask || !is_same(other.site, site))
       fail("lanes of one warp wait for one another in different collectives");
     lanes[i] = other.arguments;
   }
@@ -438,6 +485,7 @@ size_t& dynamic_shared_limit(const void* kernel) {
 void* dynamic_shared() { return current->block->dynamic_shared.data(); }
 
 void look(const volatile void* address) {
+  begin_to_communicate();
   current->looks = address == current->looked_at ? current->looks + 1 : 0;
   current->looked_at = address;
   if (current->looks > kLivelock) fail("livelock: a thread waits for what never happens");
@@ -467,7 +515,7 @@ void access(const volatile void* address, size_t bytes, Access kind,
             const std::source_location& site) {
   const auto begin = reinterpret_cast<uintptr_t>(address);
   if (const char* wrong = memory.access(begin, bytes, kind)) {
-    fail("%s %s of %zu bytes", wrong, kind == Access::load ? "load" : "store", bytes);
+    fail("%s %s of %zu bytes", wrong, kind == Access::store ? "store" : "load", bytes);
   }
   const uint32_t place = site.line() << 12 | (site.column() & 0xfff);
   auto visit = std::find_if(current->visits.begin(), current->visits.end(),
@@ -477,6 +525,30 @@ void access(const volatile void* address, size_t bytes, Access kind,
   current->block->requests.push_back(
       {uint64_t{place} << 32 | turn << 5 | warp, begin / kSectorBytes, kind});
   if (kind == Access::store) overtake();
+}
+
+void store(void* address, const void* value, size_t bytes) {
+  char* to = static_cast<char*>(address);
+  Block& block = *current->block;
+  Unfenced& open =
+      block.unfenced.emplace_back(Unfenced{to, bytes, {}, current->index, block.epoch});
+  std::memcpy(open.hidden.data(), to, bytes);
+  std::memcpy(to, value, bytes);
+}
+
+// Orders what this thread has stored, and what others of its block had before the last barrier.
+void fence(const std::source_location& site) {
+  fence_lines.insert(site.line());
+  if (site.line() == skipped_line) return;
+  const Block& block = *current->block;
+  std::erase_if(current->block->unfenced, [&](const Unfenced& store) {
+    return store.thread == current->index || store.epoch < block.epoch;
+  });
+}
+
+void check_range(const void* address, size_t bytes) {
+  if (!memory.holds(reinterpret_cast<uintptr_t>(address), bytes))
+    error = "outside of every tensor: the host's memset";
 }
 
 Faults& faults() { return planted; }
@@ -493,6 +565,13 @@ void fail(const char* format, ...) {
   leave_fiber();
 }
 
+int copy_lines(const std::set<unsigned>& found, unsigned* lines, int capacity) {
+  int n = 0;
+  for (unsigned line : found)
+    if (n++ < capacity) lines[n - 1] = line;
+  return n;
+}
+
 }  // namespace emulator
 
 // ---- What the tests call, through ctypes.
@@ -503,7 +582,7 @@ extern "C" {
 void emulator_reset() {
   emulator::memory.forget();
   emulator::planted = {};
-  emulator::skipped_barrier = 0;
+  emulator::skipped_line = 0;
   emulator::error.clear();
 }
 
@@ -516,16 +595,16 @@ void emulator_declare(const void* address, int64_t bytes) {
   emulator::memory.declare(address, bytes);
 }
 
-void emulator_skip_barrier(unsigned line) { emulator::skipped_barrier = line; }
+void emulator_skip(unsigned line) { emulator::skipped_line = line; }
 void emulator_skip_memset() { emulator::planted.no_memset = true; }
 void emulator_spoil_tickets(int error) { emulator::planted.ticket_error = error; }
 
-// Lines of the barriers met since the library was loaded; returns how many there are.
+// Lines of the barriers, or fences, met since the library was loaded; returns how many there are.
 int emulator_barriers(unsigned* lines, int capacity) {
-  int n = 0;
-  for (unsigned line : emulator::barrier_lines)
-    if (n++ < capacity) lines[n - 1] = line;
-  return n;
+  return emulator::copy_lines(emulator::barrier_lines, lines, capacity);
+}
+int emulator_fences(unsigned* lines, int capacity) {
+  return emulator::copy_lines(emulator::fence_lines, lines, capacity);
 }
 
 // Six numbers: bytes, transactions and sectors loaded, then stored, since the last reset.

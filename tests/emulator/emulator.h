@@ -25,13 +25,20 @@ void barrier(const std::source_location& site);
 // Waits for every lane in `mask`, then one of them calls perform with the 32 pointers that the
 // lanes handed in, null for a lane outside the mask. The results go into what they point to.
 using Collective = void (*)(void* const* lanes);
-void warp_collective(Collective perform, void* arguments, unsigned mask);
+void warp_collective(Collective perform, void* arguments, unsigned mask,
+                     const std::source_location& site);
 int lane();
 
-// Every access to global memory: counted, and an error where it is misaligned or outside memory
-// that the test declared. Before a store, other threads may overtake this one.
+// Every access to global memory: counted, and an error where it is misaligned, outside memory that
+// the test declared, or read-only where this launch has written. Before a store, other threads may
+// overtake this one.
 void access(const volatile void* address, size_t bytes, Access kind,
             const std::source_location& site);
+// A store that other blocks see no sooner than a fence of its block, or the block's end.
+void store(void* address, const void* value, size_t bytes);
+void fence(const std::source_location& site);
+// What the host does to memory between launches.
+void check_range(const void* address, size_t bytes);
 // A look at what other threads may change. Who looks at one address again and again lets them run;
 // if that never ends, it is a livelock.
 void look(const volatile void* address);

@@ -9,7 +9,7 @@
 
 namespace emulator {
 
-enum class Access { load, store };
+enum class Access { read_only_load, load, store };
 
 // What kernels move, in the three measures that matter on a device.
 struct Traffic {
@@ -38,6 +38,7 @@ class GlobalMemory {
   void begin_launch();
   // Counts an access; what is wrong with it, if anything.
   const char* access(uintptr_t begin, size_t bytes, Access kind);
+  bool holds(uintptr_t begin, size_t bytes) const;
   // Counts the transactions of one block and empties the list.
   void finish_block(std::vector<Request>& requests);
   const Traffic& traffic() const { return traffic_; }
@@ -45,7 +46,8 @@ class GlobalMemory {
  private:
   struct Range {
     uintptr_t begin, end;
-    std::vector<uint8_t> seen;  // a sector each: loaded, stored by this launch
+    std::vector<uint8_t> seen;     // a sector each: loaded, stored by this launch
+    std::vector<uint8_t> written;  // a byte each, by this launch
   };
   std::vector<Range> ranges_;
   Traffic traffic_;

@@ -14,6 +14,8 @@ struct Case {
   void (*kernel)(float* out, unsigned* ticket);
   size_t dynamic_bytes = 0;
   int permitted_bytes = 0;  // of dynamic shared memory, where it asks for more than is usual
+  dim3 block = dim3(64);
+  size_t cleared_bytes = 0;  // of `out`, before
 };
 
 __device__ void sum_of_block(float* out, bool wait) {
@@ -32,6 +34,12 @@ void missing_barrier(float* out, unsigned*) { sum_of_block(out, false); }
 void outside(float* out, unsigned*) { __stwb(out + 4 + threadIdx.x, 1.0f); }
 void before(float* out, unsigned*) { __ldg(out - 1); }
 void misaligned(float* out, unsigned*) { __ldg(reinterpret_cast<float4*>(out + 1)); }
+
+void read_only_of_written(float* out, unsigned*) {
+  if (threadIdx.x == 0) __stwb(out, 64.0f);
+  __syncthreads();
+  if (threadIdx.x == 1) __stwb(out + 1, __ldg(out));
+}
 
 void exit_before_barrier(float*, unsigned*) {
   if (threadIdx.x == 7) return;
@@ -56,14 +64,44 @@ void shuffle_outside_mask(float*, unsigned*) {
   if (threadIdx.x % 32 < 16) __shfl_down_sync(0x0000ffffu, 1.0f, 16);
 }
 
-// Each block leaves a value, the last adds them up. The ticket is taken by a thread that does not
-// wait for the one that stores.
-void ticket_without_barrier(float* out, unsigned* ticket) {
+// Each block leaves a value, the last adds them up.
+enum class TicketMistake { none, no_barrier, no_fence, fence_of_another };
+
+__device__ void sum_by_ticket(float* out, unsigned* ticket, TicketMistake mistake) {
   __shared__ bool last;
-  if (threadIdx.x == 1) __stwb(out + blockIdx.y, 1.0f);
+  if (threadIdx.x == 1) {
+    __stwb(out + blockIdx.y, 16.0f);
+    if (mistake == TicketMistake::none || mistake == TicketMistake::no_barrier) __threadfence();
+  }
+  if (threadIdx.x == 0 && mistake == TicketMistake::fence_of_another) __threadfence();
+  if (mistake != TicketMistake::no_barrier) __syncthreads();
   if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == gridDim.y - 1;
   __syncthreads();
   if (!last || threadIdx.x != 0) return;
+  __threadfence();
+  float sum = 0.0f;
+  for (unsigned i = 0; i < gridDim.y; ++i) sum += __ldcg(out + i);
+  __stwb(out, sum);
+}
+void ticket(float* out, unsigned* t) { sum_by_ticket(out, t, TicketMistake::none); }
+void ticket_without_barrier(float* out, unsigned* t) {
+  sum_by_ticket(out, t, TicketMistake::no_barrier);
+}
+void ticket_without_fence(float* out, unsigned* t) {
+  sum_by_ticket(out, t, TicketMistake::no_fence);
+}
+void ticket_with_fence_of_another(float* out, unsigned* t) {
+  sum_by_ticket(out, t, TicketMistake::fence_of_another);
+}
+// The fence of a thread that has met the others at a barrier is for their stores, too.
+void ticket_with_fence_behind_barrier(float* out, unsigned* ticket) {
+  __shared__ bool last;
+  if (threadIdx.x == 1) __stwb(out + blockIdx.y, 16.0f);
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  __threadfence();
+  last = atomicAdd(ticket, 1u) == gridDim.y - 1;
+  if (!last) return;
   float sum = 0.0f;
   for (unsigned i = 0; i < gridDim.y; ++i) sum += __ldcg(out + i);
   __stwb(out, sum);
@@ -84,21 +122,24 @@ void lost_update(float* out, unsigned*) {
 }
 
 // Every block adds its share to what is behind a lock.
-void locked(float* out, unsigned* lock, bool unlock) {
+void locked(float* out, unsigned* lock, bool unlock, bool fence = true) {
   if (threadIdx.x != 0) return;
   while (atomicCAS(lock, 0u, 1u) != 0u) {
   }
   const float sum = __ldcg(out);
   __stwb(out, (sum == sum ? sum : 0.0f) + 16.0f);
+  if (fence) __threadfence();
   if (unlock) atomicExch(lock, 0u);
 }
 void lock(float* out, unsigned* ticket) { locked(out, ticket, true); }
 void lock_never_released(float* out, unsigned* ticket) { locked(out, ticket, false); }
+void lock_without_fence(float* out, unsigned* ticket) { locked(out, ticket, true, false); }
 
 // A barrier of the whole grid. It needs all blocks to be resident at once.
 void wait_for_the_grid(float* out, unsigned* ticket) {
   if (threadIdx.x != 0) return;
   __stwb(out + blockIdx.y, 16.0f);
+  __threadfence();
   atomicAdd(ticket, 1u);
   while (__ldcg(ticket) < gridDim.y) {
   }
@@ -133,6 +174,13 @@ void vote_of_a_branch(float*, unsigned*) {
 void vote_against_shuffle(float*, unsigned*) {
   if (threadIdx.x % 2 == 0)
     __ballot_sync(0xffffffffu, 1);
+  else
+    __shfl_xor_sync(0xffffffffu, 1, 1);
+}
+
+void two_shuffles(float*, unsigned*) {
+  if (threadIdx.x % 2 == 0)
+    __shfl_xor_sync(0xffffffffu, 1, 1);
   else
     __shfl_xor_sync(0xffffffffu, 1, 1);
 }
@@ -211,27 +259,37 @@ constexpr Case kCases[] = {
     {"outside", dim3(1), outside},
     {"before", dim3(1), before},
     {"misaligned", dim3(1), misaligned},
+    {"read_only_of_written", dim3(1), read_only_of_written},
+    {"memset_past_the_end", dim3(1, 4), correct, 0, 0, dim3(64), 20},
     {"exit_before_barrier", dim3(1), exit_before_barrier},
     {"two_barriers", dim3(1), two_barriers},
     {"barrier_against_shuffle", dim3(1), barrier_against_shuffle},
     {"exit_before_shuffle", dim3(1), exit_before_shuffle},
     {"shuffle_outside_mask", dim3(1), shuffle_outside_mask},
+    {"ticket", dim3(1, 4), ticket},
+    {"ticket_with_fence_behind_barrier", dim3(1, 4), ticket_with_fence_behind_barrier},
     {"ticket_without_barrier", dim3(1, 4), ticket_without_barrier},
+    {"ticket_without_fence", dim3(1, 4), ticket_without_fence},
+    {"ticket_with_fence_of_another", dim3(1, 4), ticket_with_fence_of_another},
     {"empty_grid", dim3(0), correct},
+    {"deep_block", dim3(1), correct, 0, 0, dim3(1, 1, 65)},
     {"count_atomically", dim3(1), count_atomically},
     {"lost_update", dim3(1), lost_update},
     {"lock", dim3(1, 4), lock},
     {"lock_never_released", dim3(1, 4), lock_never_released},
+    {"lock_without_fence", dim3(1, 4), lock_without_fence},
     {"wait_for_the_grid", dim3(1, 4), wait_for_the_grid},
     {"wait_for_a_block_too_many", dim3(1, 4), wait_for_a_block_too_many},
     {"vote", dim3(1), vote},
     {"vote_of_a_branch", dim3(1), vote_of_a_branch},
     {"vote_against_shuffle", dim3(1), vote_against_shuffle},
+    {"two_shuffles", dim3(1), two_shuffles},
     {"dynamic", dim3(1, 4), sum_of_dynamic, 256},
     {"large_dynamic", dim3(1, 4), sum_of_dynamic, 100 * 1024, 100 * 1024},
     {"too_large_dynamic", dim3(1), correct, 49 * 1024},
     {"too_large_permitted_dynamic", dim3(1), vote, 228 * 1024, 228 * 1024},
     {"too_large_static", dim3(1), large_static},
+    {"too_large_together", dim3(1), correct, 48 * 1024},
     {"past_dynamic", dim3(1), past_dynamic, 256},
     {"past_static", dim3(1), past_static},
     {"overflow", dim3(1), overflow},
@@ -251,15 +309,17 @@ const char* planted_name(int index) {
   return index < static_cast<int>(std::size(kCases)) ? kCases[index].name : nullptr;
 }
 
-// Blocks of 64 threads. `out` holds 4 floats.
+// `out` holds 4 floats.
 void planted_run(int index, float* out, unsigned* ticket) {
   cudaLaunchConfig_t config{};
   config.gridDim = kCases[index].grid;
-  config.blockDim = dim3(64);
+  config.blockDim = kCases[index].block;
   config.dynamicSmemBytes = kCases[index].dynamic_bytes;
   if (kCases[index].permitted_bytes > 0)
     cudaFuncSetAttribute(kCases[index].kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          kCases[index].permitted_bytes);
+  if (kCases[index].cleared_bytes > 0)
+    cudaMemsetAsync(out, 0, kCases[index].cleared_bytes, nullptr);
   cudaLaunchKernelEx(&config, kCases[index].kernel, out, ticket);
 }
 }

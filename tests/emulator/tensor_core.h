@@ -11,7 +11,7 @@
 
 // Four 8 x 8 matrices of 16-bit values from shared memory. Lane 8 * m + r hands in the address of
 // row r of matrix m; lane l gets values 2 * (l % 4) and the next of row l / 4 of each.
-inline void ldmatrix_x4(unsigned (&result)[4], const void* row) {
+inline void ldmatrix_x4(unsigned (&result)[4], const void* row, EMULATOR_SITE) {
   struct Arguments {
     unsigned* result;
     const char* row;
@@ -27,12 +27,12 @@ inline void ldmatrix_x4(unsigned (&result)[4], const void* row) {
                         holder->row + lane % 4 * sizeof(unsigned), sizeof(unsigned));
           }
       },
-      &arguments, 0xffffffffu);
+      &arguments, 0xffffffffu, site);
 }
 
 // d += a * b for a [16, 16], b [16, 8] and d [16, 8], a warp's registers together.
 template <typename scalar_t>
-void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], EMULATOR_SITE) {
   static_assert(std::is_same_v<scalar_t, __half> || std::is_same_v<scalar_t, __nv_bfloat16>);
   struct Arguments {
     float* d;
@@ -69,5 +69,5 @@ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2])
           }
         }
       },
-      &arguments, 0xffffffffu);
+      &arguments, 0xffffffffu, site);
 }
