@@ -26,7 +26,7 @@ inline std::string shape(const Tensor& t) {
   return s + "]";
 }
 
-inline DType dtype_of(const char* op, const Tensor& t) {
+inline DType dtype_of(const char* op, const Tensor& t, const char* name = "x") {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::float32;
@@ -35,19 +35,20 @@ inline DType dtype_of(const char* op, const Tensor& t) {
     case ScalarType::Half:
       return DType::float16;
     default:
-      check(false, op, ": expected x of float32, bfloat16 or float16, got ",
+      check(false, op, ": expected ", name, " of float32, bfloat16 or float16, got ",
             torch::headeronly::toString(t.scalar_type()));
       return {};
   }
 }
 
 // x of an operator: [N, C, H, W], dense channels_last, at least one value.
-inline void check_input(const char* op, const Tensor& x) {
-  check(x.dim() == 4, op, ": expected x of 4 dimensions (N, C, H, W), got shape ", shape(x));
-  check(x.numel() > 0, op, ": expected x to hold values, got shape ", shape(x));
-  check(is_channels_last(x), op, ": expected x to be dense in channels_last, got shape ", shape(x),
-        " with other strides");
-  dtype_of(op, x);
+inline void check_input(const char* op, const Tensor& x, const char* name = "x") {
+  check(x.dim() == 4, op, ": expected ", name, " of 4 dimensions (N, C, H, W), got shape ",
+        shape(x));
+  check(x.numel() > 0, op, ": expected ", name, " to hold values, got shape ", shape(x));
+  check(is_channels_last(x), op, ": expected ", name, " to be dense in channels_last, got shape ",
+        shape(x), " with other strides");
+  dtype_of(op, x, name);
 }
 
 // residual, grad: the shape, dtype, layout and device of x.

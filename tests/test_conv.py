@@ -503,6 +503,33 @@ def test_bad_arguments_are_named():
         operator(x, *none, torch.randn(4, 4, 1, 1), 1, 0, 1, 2)
     with pytest.raises(ValueError, match="all of x_mean, x_var, x_weight and x_bias, or none"):
         operator(x, torch.zeros(8), None, None, None, 0.0, torch.randn(4, 8, 1, 1), 1, 0, 1, 1)
+    with pytest.raises(ValueError, match="expected weight of float32, bfloat16 or float16, got"):
+        operator(x, *none, torch.randn(4, 8, 1, 1).double(), 1, 0, 1, 1)
+    vectors = [torch.ones(8) for _ in range(4)]
+    for index, name in enumerate(("x_mean", "x_var", "x_weight", "x_bias")):
+        wrong = [torch.ones(7) if i == index else v for i, v in enumerate(vectors)]
+        with pytest.raises(ValueError, match=f"expected {name} "):
+            operator(x, *wrong, 1e-5, torch.randn(4, 8, 1, 1), 1, 0, 1, 1)
+
+
+def test_bad_arguments_of_a_backward_are_named():
+    x, y = (channels_last(2, channels, 6, 6, dtype=torch.float32) for channels in (8, 4))
+    sums, vector = torch.zeros(2, 4, dtype=torch.float64), torch.ones(4)
+
+    def call(y, sums):
+        torch.ops.fastresnet.conv_bn_backward(
+            *(torch.ones_like(y), None, sums, y, vector, vector, vector, 1e-5, True),
+            *(x, None, None, None, None, 0.0, torch.randn(4, 8, 1, 1), None, None),
+            *(1, 0, 1, 1, True),
+        )
+
+    call(y, sums)
+    with pytest.raises(ValueError, match=r"y of shape \[2, 4, 6, 6\] in x's dtype Float, got "):
+        call(y.bfloat16(), sums)
+    with pytest.raises(ValueError, match=r"sums of float64 \[2, 4\], got \[2, 4\] of Float"):
+        call(y, sums.float())
+    with pytest.raises(ValueError, match="expected y to be dense in channels_last"):
+        call(y.contiguous(), sums)
 
 
 def test_operators_pass_opcheck():

@@ -123,8 +123,9 @@ std::tuple<Tensor, Tensor> bn_add_bn_relu_cpu(
   check_input(op, x);
   check_like_input(op, "residual", residual, x);
   const BatchNorm bn = check_batch_norm(op, x, mean, var, weight, &bias, eps);
-  const BatchNorm residual_bn = check_batch_norm(op, x, residual_mean, residual_var,
-                                                 residual_weight, &residual_bias, residual_eps);
+  const BatchNorm residual_bn =
+      check_batch_norm(op, x, residual_mean, residual_var, residual_weight, &residual_bias,
+                       residual_eps, "residual_");
   Tensor out = new_result_like(x), mask = empty_mask(x);
   BnForwardParams p = forward_params(x, bn, Epilogue::add_bn_relu, out);
   p.residual = residual.const_data_ptr();
@@ -236,8 +237,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_relu_backward_cpu(
   check_input(op, x);
   check_like_input(op, "residual", residual, x);
   const BatchNorm bn = check_batch_norm(op, x, mean, var, weight, nullptr, eps);
-  const BatchNorm residual_bn =
-      check_batch_norm(op, x, residual_mean, residual_var, residual_weight, nullptr, residual_eps);
+  const BatchNorm residual_bn = check_batch_norm(
+      op, x, residual_mean, residual_var, residual_weight, nullptr, residual_eps, "residual_");
   Tensor dx = new_result_like(x), dresidual = new_result_like(x);
   BnBackwardParams p = backward_params(op, grad, x, bn, Epilogue::add_bn_relu, dx);
   p.mask = check_mask(op, mask, x);

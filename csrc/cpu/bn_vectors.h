@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
 #include "batch_norm.h"
@@ -57,12 +58,15 @@ struct Gradient {
   }
 };
 
+// prefix: of the arguments' names, such as "residual_".
 inline BatchNorm check_batch_norm(const char* op, const Tensor& x, const Tensor& mean,
                                   const Tensor& var, const Tensor& weight, const Tensor* bias,
-                                  double eps) {
-  return BatchNorm(x.size(1), check_vector(op, "mean", mean, x), check_vector(op, "var", var, x),
-                   check_vector(op, "weight", weight, x),
-                   bias ? check_vector(op, "bias", *bias, x) : nullptr, eps);
+                                  double eps, const char* prefix = "") {
+  const auto vector = [&](const char* name, const Tensor& t) {
+    return check_vector(op, (std::string(prefix) + name).c_str(), t, x);
+  };
+  return BatchNorm(x.size(1), vector("mean", mean), vector("var", var), vector("weight", weight),
+                   bias ? vector("bias", *bias) : nullptr, eps);
 }
 
 inline Tensor to_vector(const Tensor& like, const double* values) {

@@ -37,7 +37,7 @@ ConvShape check_conv(const char* op, const Tensor& x, const Tensor& weight, int6
                         (width % kChannelBlock == 0 || kChannelBlock % width == 0)),
         op, ": expected groups with as many output as input channels, a number that divides ",
         kChannelBlock, " or is divided by it, got ", shape(weight), " in ", groups, " groups");
-  dtype_of(op, weight);
+  dtype_of(op, weight, "weight");
   check(weight.device() == x.device(), op, ": expected weight and x on one device");
   check(stride >= 1 && stride <= kMaxStride, op, ": expected a stride of 1 to ", kMaxStride,
         ", got ", stride);
@@ -63,7 +63,7 @@ std::optional<BatchNorm> check_prologue(const char* op, const Tensor& x,
   check(var.has_value() == given && weight.has_value() == given && bias.has_value() == given, op,
         ": expected all of x_mean, x_var, x_weight and x_bias, or none");
   if (!given) return std::nullopt;
-  return check_batch_norm(op, x, *mean, *var, *weight, &*bias, eps);
+  return check_batch_norm(op, x, *mean, *var, *weight, &*bias, eps, "x_");
 }
 
 std::tuple<int64_t, bool, bool> conv_method_cpu(const Tensor& x, const Tensor& weight,
@@ -124,14 +124,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_backward_cpu(
     int64_t stride, int64_t padding, int64_t dilation, int64_t groups, bool wants_dx) {
   constexpr const char* op = "conv_bn_backward";
   const ConvShape s = check_conv(op, x, weight, stride, padding, dilation, groups);
-  check_input(op, y);
+  check_input(op, y, "y");
   check(y.scalar_type() == x.scalar_type() && y.size(0) == s.batch && y.size(1) == s.out_channels &&
             y.size(2) == s.out_height && y.size(3) == s.out_width,
-        op, ": expected y as conv_stats returned it, got ", shape(y));
+        op, ": expected y of shape [", s.batch, ", ", s.out_channels, ", ", s.out_height, ", ",
+        s.out_width, "] in x's dtype ", torch::headeronly::toString(x.scalar_type()), ", got ",
+        shape(y), " of ", torch::headeronly::toString(y.scalar_type()));
   check_like_input(op, "grad", grad, y);
   check(sums.dim() == 2 && sums.size(0) == 2 && sums.size(1) == s.out_channels &&
             sums.is_contiguous() && sums.scalar_type() == ScalarType::Double,
-        op, ": expected sums of float64 [2, ", s.out_channels, "], got ", shape(sums));
+        op, ": expected sums of float64 [2, ", s.out_channels, "], got ", shape(sums), " of ",
+        torch::headeronly::toString(sums.scalar_type()));
   const BatchNorm bn = check_batch_norm(op, y, mean, var, bn_weight, nullptr, eps);
   const std::optional<BatchNorm> prologue =
       check_prologue(op, x, x_mean, x_var, x_weight, x_bias, x_eps);

@@ -184,8 +184,8 @@ class PackedWeight {
 // are packed before.
 class PartWeight {
  public:
-  PartWeight(const WeightPacking& weight, const ConvPlan& plan)
-      : weight_(weight), packed_(weight, plan.blocks > 1) {}
+  PartWeight(const WeightPacking& weight, const ConvPlan& plan, bool wanted = true)
+      : weight_(weight), packed_(weight, wanted && plan.blocks > 1) {}
 
   const float* blocks(Range channel_blocks) const {
     if (packed_.floats()) return packed_.floats() + channel_blocks.begin * weight_.block_floats();
@@ -305,7 +305,7 @@ std::vector<double> backward_by_channels(const ConvBackwardParams& p, const Weig
   // Added up over the blocks, if there are several.
   const Temporary totals(plan.blocks > 1 ? gradient_parts.parts() * part_floats : 0);
   float* total = totals.floats();
-  const PartWeight packed(weight, plan);
+  const PartWeight packed(weight, plan, p.dx != nullptr);
   const auto share_of = [&](const ConvBlock& block) {
     return Share(block, channels, packed.block_bytes());
   };

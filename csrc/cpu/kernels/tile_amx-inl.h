@@ -7,7 +7,6 @@
 
 constexpr int64_t kAmxRows = 16;
 constexpr int64_t kAmxTile = kAmxRows * kLine;                   // floats of a tile that lies dense
-constexpr int64_t kLineBytes = kLine * sizeof(float);            // from a tile's row to the next
 constexpr int64_t kColumnBytes = kChannelBlock * sizeof(float);  // the same in 32 columns
 
 struct TilePair : Pair {
