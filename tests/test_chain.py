@@ -107,3 +107,19 @@ def test_what_is_not_plain_runs_as_before():
     narrow = FusedSequential(*triple(8, 32, bias=False)).to(memory_format=torch.channels_last)
     few = channels_last(2, 8, 8, 8, dtype=torch.float32).requires_grad_()
     assert "_ChainBackward" not in nodes(narrow(few))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+def test_the_mode_is_that_of_the_forward(training: bool) -> None:
+    """As where somebody validates between the forward and its backward."""
+    theirs = nn.Sequential(*triple(32, 32, bias=True), *triple(32, 32, bias=True))
+    theirs = theirs.to(memory_format=torch.channels_last)
+    ours = FusedSequential(*copy.deepcopy(theirs))
+    x, found = channels_last(2, 32, 8, 8, dtype=torch.float32), []
+    for model in (ours, theirs):
+        out = model.train(training)(x)
+        model.train(not training)
+        out.square().sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for mine, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-2)

@@ -5,6 +5,7 @@ for cuDNN."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -578,7 +579,7 @@ def test_a_segment_is_one_node(segmented: list[int]) -> None:
     assert sum("Convolution" in name for name in names) == 1  # that in front of the blocks
 
 
-@pytest.mark.parametrize("frozen", ["weights", "in front", "all but one"])
+@pytest.mark.parametrize("frozen", ["weights", "norms", "shortcuts", "in front", "all but one"])
 def test_what_needs_no_gradient(segmented: list[int], frozen: str) -> None:
     models = twins("Bottleneck")
     for model in models:
@@ -586,6 +587,8 @@ def test_what_needs_no_gradient(segmented: list[int], frozen: str) -> None:
             parameter.requires_grad_(
                 {
                     "weights": "conv2" not in name,
+                    "norms": parameter.dim() > 1,
+                    "shortcuts": "downsample.0" not in name,
                     "in front": name != "conv.weight",
                     "all but one": name == "stages.1.0.bn2.bias",
                 }[frozen]
@@ -595,6 +598,18 @@ def test_what_needs_no_gradient(segmented: list[int], frozen: str) -> None:
     gradients = {name for name, p in models[0].named_parameters() if p.grad is not None}
     assert gradients == {name for name, p in models[0].named_parameters() if p.requires_grad}
     assert gradients <= set(found)
+
+
+def test_saved_tensors_may_come_back_in_another_layout(segmented: list[int]) -> None:
+    model, x = twins("Bottleneck")[0], images()
+    found = []
+    for context in (contextlib.nullcontext(), torch.autograd.graph.save_on_cpu(pin_memory=True)):
+        with context:
+            loss = model(x).square().sum()
+        found.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert len(segmented) == 2
+    for ours, wanted in zip(*found, strict=True):
+        assert torch.equal(ours, wanted)
 
 
 def test_several_steps_learn_alike(segmented: list[int]) -> None:

@@ -166,7 +166,17 @@ def test_alone_a_synchronised_batch_norm_is_torchs() -> None:
         peer.train(training)
         torch.testing.assert_close(ours(x), peer(x))
     assert ours.state_dict().keys() == peer.state_dict().keys()
-    torch.testing.assert_close(ours.running_var, peer.running_var)
+    torch.testing.assert_close(ours.state_dict(), peer.state_dict())
+
+
+@pytest.mark.parametrize("options", [{"momentum": None}, {"track_running_stats": False}], ids=str)
+def test_alone_it_counts_and_averages_as_torchs(options: dict[str, bool | None]) -> None:
+    ours = nn.sync_batch_norm(torch.nn.BatchNorm1d(4, **options))
+    peer = torch.nn.BatchNorm1d(4, **options)
+    for training in (True, True, False):
+        x = torch.randn(8, 4) + 5
+        torch.testing.assert_close(ours.train(training)(x), peer.train(training)(x))
+    torch.testing.assert_close(ours.state_dict(), peer.state_dict())
 
 
 def test_a_world_of_one_changes_nothing() -> None:

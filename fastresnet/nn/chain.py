@@ -140,8 +140,10 @@ class _Chain(torch.autograd.Function):
                 grad, *last[:5], last.eps, last.training
             )
         else:
+            (index,) = pooled
+            index = index.contiguous(memory_format=torch.channels_last)
             grad, bn_weight, bn_bias = torch.ops.fastresnet.bn_relu_max_pool_backward.default(
-                grad, *pooled, *last[:4], *windows.values(), last.eps, last.training
+                grad, index, *last[:4], *windows.values(), last.eps, last.training
             )
         # The last batch norm's backward is done: to its convolution it is the identity.
         output = _identity(last.x)

@@ -70,7 +70,7 @@ class Link(NamedTuple):
     def gradients(self, result: ConvGradients, y: Normalized) -> tuple[Tensor | None, ...]:
         """Those of :attr:`parameters`, from the backward of convolution and batch norm."""
         bias = None
-        if self.conv.bias is not None and self.uses_batch:
+        if self.conv.bias is not None and y.training:
             bias = torch.zeros_like(self.conv.bias)
         elif self.conv.bias is not None:
             bias = result.bn_bias * y.weight * (y.var + y.eps).rsqrt()
@@ -133,7 +133,7 @@ def saved_tensors(ctx: Any) -> tuple[list[Tensor], list[Tensor], list[Normalized
     """The other tensors, the weights, the outputs that :func:`save_for_backward` saved."""
     saved, count = list(ctx.saved_tensors), len(ctx.rest)
     others, weights = saved[: ctx.others], saved[ctx.others : ctx.others + count]
-    vectors = saved[ctx.others + count :]
+    others, vectors = map(ops.as_kernels_take, (others, saved[ctx.others + count :]))
     outputs = [Normalized(*vectors[5 * i : 5 * i + 5], *ctx.rest[i]) for i in range(count)]
     return others, weights, outputs
 

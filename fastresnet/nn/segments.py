@@ -185,13 +185,16 @@ class _Segment(torch.autograd.Function):
         mask, *saved = ctx.saved_tensors
         saved = iter(saved)
         weights, inputs = _take(saved, len(convolutions.every)), _take(saved, len(links))
-        between = [Normalized(*_take(saved, 5), eps, True) for eps in ctx.eps[:-1]]
-        head = list(saved)
+        inputs = ops.as_kernels_take(inputs)
+        between = [
+            Normalized(*ops.as_kernels_take(_take(saved, 5)), eps, True) for eps in ctx.eps[:-1]
+        ]
+        head = ops.as_kernels_take(saved)
 
         grad, addend = (
             g.contiguous(memory_format=torch.channels_last) for g in (grad, shortcut_grad)
         )
-        wanted = ctx.needs_input_grad[2 + len(head) :]
+        wanted = ctx.needs_input_grad[2 + len(head) :][: len(weights)]
 
         def wgrad(index: int, link: Link, grad: Tensor, x: Tensor) -> Tensor | None:
             if not wanted[index]:

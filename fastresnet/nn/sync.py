@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -47,17 +46,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, ...] -> the same shape and dtype."""
         if not self.is_shared():
-            training = self.training or self.running_mean is None
-            return F.batch_norm(
-                input,
-                self.running_mean if not self.training or self.track_running_stats else None,
-                self.running_var if not self.training or self.track_running_stats else None,
-                self.weight,
-                self.bias,
-                training,
-                self.momentum if self.momentum is not None else 0.0,
-                self.eps,
-            )
+            return super().forward(input)
         maps = input.reshape(*input.shape[:2], -1, 1).contiguous(memory_format=torch.channels_last)
         mean, var, weight, bias, count = self.share(maps)
         self.remember(mean, var, count)
@@ -67,7 +56,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def is_shared(self) -> bool:
         """Whether the statistics are to be merged with those of other processes now."""
         return (
-            (self.training or self.running_mean is None)
+            self.training
             and dist.is_available()
             and dist.is_initialized()
             and dist.get_world_size(self.process_group) > 1

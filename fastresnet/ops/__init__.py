@@ -5,6 +5,7 @@
 from . import choice, conv_graph, reference, reference_warp
 from .bn_act import (
     KERNEL_DTYPES,
+    as_kernels_take,
     bn,
     bn_add_bn_relu,
     bn_add_bn_relu_fork,
@@ -34,6 +35,7 @@ __all__ = [
     "Fork",
     "Geometry",
     "Normalized",
+    "as_kernels_take",
     "bn",
     "bn_add_bn_relu",
     "bn_add_bn_relu_fork",

@@ -11,6 +11,7 @@ Where :func:`has_kernel` is false the twins in :mod:`fastresnet.ops.reference` r
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -330,6 +331,20 @@ def _channels_last(grad: Tensor) -> Tensor:
     return grad.contiguous(memory_format=torch.channels_last)
 
 
+def as_kernels_take(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Saved tensors, those of [N, C, H, W] in channels_last: hooks that keep them elsewhere until
+    the backward, such as :class:`torch.autograd.graph.save_on_cpu`, may lose their layout.
+
+    Bits of masks, uint8 [N, H, W, C / 8], stay as they are.
+    """
+    return [
+        tensor.contiguous(memory_format=torch.channels_last)
+        if tensor is not None and tensor.dim() == 4 and tensor.is_floating_point()
+        else tensor
+        for tensor in tensors
+    ]
+
+
 def _bn_setup_context(ctx, inputs, output):
     x, mean, var, weight, _bias, ctx.eps, ctx.training = inputs
     ctx.set_materialize_grads(False)
@@ -340,7 +355,7 @@ def _bn_backward(ctx, grad):
     if grad is None:
         return (None,) * 7
     dx, dweight, dbias = torch.ops.fastresnet.bn_backward.default(
-        _channels_last(grad), *ctx.saved_tensors, ctx.eps, ctx.training
+        _channels_last(grad), *as_kernels_take(ctx.saved_tensors), ctx.eps, ctx.training
     )
     return dx, None, None, dweight, dbias, None, None
 
@@ -355,7 +370,7 @@ def _bn_relu_backward(ctx, grad):
     if grad is None:
         return (None,) * 7
     dx, dweight, dbias = torch.ops.fastresnet.bn_relu_backward.default(
-        _channels_last(grad), *ctx.saved_tensors, ctx.eps, ctx.training
+        _channels_last(grad), *as_kernels_take(ctx.saved_tensors), ctx.eps, ctx.training
     )
     return dx, None, None, dweight, dbias, None, None
 
@@ -372,7 +387,7 @@ def _bn_add_relu_backward(ctx, grad, _grad_mask):
     if grad is None:
         return (None,) * 8
     dx, dweight, dbias, dresidual = torch.ops.fastresnet.bn_add_relu_backward.default(
-        _channels_last(grad), *ctx.saved_tensors, ctx.eps, ctx.training
+        _channels_last(grad), *as_kernels_take(ctx.saved_tensors), ctx.eps, ctx.training
     )
     return dx, None, None, dweight, dbias, dresidual, None, None
 
@@ -391,7 +406,11 @@ def _bn_add_bn_relu_backward(ctx, grad, _grad_mask):
         return (None,) * 13
     dx, dweight, dbias, dresidual, dresidual_weight = (
         torch.ops.fastresnet.bn_add_bn_relu_backward.default(
-            _channels_last(grad), *ctx.saved_tensors, ctx.eps, ctx.residual_eps, ctx.training
+            _channels_last(grad),
+            *as_kernels_take(ctx.saved_tensors),
+            ctx.eps,
+            ctx.residual_eps,
+            ctx.training,
         )
     )
     # Both biases shift the same sum, so they have the same gradient; autograd wants two tensors.
@@ -409,7 +428,9 @@ def _fork_backward(name: str, ctx: Any, grads: tuple[Tensor | None, ...], *rest:
     """The gradients of ``fastresnet::<name>``'s arguments from those of its one or two outputs."""
     grads = [_channels_last(grad) for grad in grads if grad is not None]
     backward = f"{name}_fork_backward" if len(grads) == 2 else f"{name}_backward"
-    return getattr(torch.ops.fastresnet, backward).default(*grads, *ctx.saved_tensors, *rest)
+    return getattr(torch.ops.fastresnet, backward).default(
+        *grads, *as_kernels_take(ctx.saved_tensors), *rest
+    )
 
 
 class _BnAddReluFork(torch.autograd.Function):

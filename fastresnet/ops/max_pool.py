@@ -15,7 +15,14 @@ from torch import Tensor
 
 from .. import _extension
 from . import reference
-from .bn_act import _channels_last, _fake_gradients, _no_double_backward, _vectors, has_kernel
+from .bn_act import (
+    _channels_last,
+    _fake_gradients,
+    _no_double_backward,
+    _vectors,
+    as_kernels_take,
+    has_kernel,
+)
 
 _LARGEST_KERNEL = 15  # a position in the window is one byte
 # The levels whose kernels are faster than torch's pooling behind a fused batch norm.
@@ -90,8 +97,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, _grad_index):
     if grad is None:
         return (None,) * 10
+    index, *saved = ctx.saved_tensors
     dx, dweight, dbias = torch.ops.fastresnet.bn_relu_max_pool_backward.default(
-        _channels_last(grad), *ctx.saved_tensors, *ctx.rest
+        *(_channels_last(grad), _channels_last(index), *as_kernels_take(saved)), *ctx.rest
     )
     return dx, None, None, dweight, dbias, None, None, None, None, None
 

@@ -446,5 +446,5 @@ def _masked(grad: Tensor, mask: Tensor | None) -> Tensor:
     """``grad`` [N, C, H, W] where its bit in ``mask`` (uint8 [N, H, W, C / 8]) is set, else 0."""
     if mask is None:
         return grad
-    bits = mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
+    bits = mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
     return grad * bits.flatten(3)[..., : grad.shape[1]].permute(0, 3, 1, 2)
