@@ -80,9 +80,9 @@ def case(dtype):
     return ours, one, measure(build(torch.float64), x.double(), target.double(), 12)
 
 
-def uneven():
+def uneven(first):
     x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    own = (x[:6] if rank == 0 else x[6:]).requires_grad_()
+    own = (x[:first] if rank == 0 else x[first:]).requires_grad_()
     model, plain = sync_batch_norm(nn.BatchNorm1d(3).double()), nn.BatchNorm1d(3).double()
     whole = x.clone().requires_grad_()
     out, expected = model(own), plain(whole)
@@ -93,7 +93,8 @@ def uneven():
 
 
 found = {str(dtype): case(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)}
-torch.save({**found, "uneven": uneven()}, f"{sys.argv[1]}/{rank}.pt")
+found |= {"uneven": uneven(6), "empty": uneven(7)}
+torch.save(found, f"{sys.argv[1]}/{rank}.pt")
 dist.destroy_process_group()
 """
 
@@ -144,8 +145,9 @@ def test_synchronised_batch_norm_is_that_of_the_whole_batch(
         assert torch.equal(value, second[3][name]), name
 
 
-def test_shares_of_uneven_size_count_by_their_size(found: list[dict]) -> None:
-    first, second = (each["uneven"] for each in found)
+@pytest.mark.parametrize("shares", ["uneven", "empty"])
+def test_shares_of_uneven_size_count_by_their_size(found: list[dict], shares: str) -> None:
+    first, second = (each[shares] for each in found)
     torch.testing.assert_close(torch.cat([first[0], second[0]]), first[2])
     torch.testing.assert_close(torch.cat([first[1], second[1]]), first[3])
     torch.testing.assert_close(first[4], first[5])

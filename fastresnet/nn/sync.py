@@ -10,6 +10,7 @@ and chains do not run as one node: theirs sums up within one process.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +48,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         """[N, C, ...] -> the same shape and dtype."""
         if not self.is_shared():
             return super().forward(input)
-        maps = input.reshape(*input.shape[:2], -1, 1).contiguous(memory_format=torch.channels_last)
+        # As maps of one column; -1 would not say how long that of an empty batch is.
+        maps = input.reshape(*input.shape[:2], math.prod(input.shape[2:]), 1)
+        maps = maps.contiguous(memory_format=torch.channels_last)
         mean, var, weight, bias, count = self.share(maps)
         self.remember(mean, var, count)
         out = ops.bn(maps, mean, var, weight, bias, eps=self.eps, training=False)
@@ -97,8 +100,12 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None):
-        mean, var = ops.bn_stats(x)
         count = x.numel() // x.shape[1]
+        if count > 0:
+            mean, var = ops.bn_stats(x)
+        else:  # without values, and without weight in what follows, but not NaN
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            mean, var = x.new_zeros((2, x.shape[1]), dtype=dtype).unbind()
         own = torch.cat([mean, var, mean.new_tensor([count])]).double()
         every = own.new_empty(dist.get_world_size(group), len(own))
         dist.all_gather(list(every), own, group=group)
