@@ -41,8 +41,7 @@ std::tuple<Tensor, Tensor> bn_stats_cpu(const Tensor& x) {
   for (int64_t c = 0; c < channels; ++c) {
     Moments<double> total{0, 0, 0};
     for (int64_t part = 0; part < partition.parts; ++part) {
-      const int64_t rows =
-          partition.rows * (part + 1) / partition.parts - partition.rows * part / partition.parts;
+      const int64_t rows = partition.rows_of(part).size();
       const double* of_part = &moments[part * 2 * channels];
       total = merge(total, {static_cast<double>(rows), of_part[c], of_part[channels + c]});
     }

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/range.h"
+
 namespace fastresnet::cpu {
 
 // Rows are cut into as many parts as there are threads, fewer when a part would not be worth a
@@ -20,11 +22,13 @@ struct Partition {
     parts = std::clamp<int64_t>(rows * values_per_row / kWorthAThread, 1, std::min(rows, threads));
   }
 
+  Range rows_of(int64_t part) const { return part_of(rows, parts, part); }
+
   // body(part, first row, last row), which must not throw.
   template <class Body>
   void parallel(Body body) const {
     torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) body(i, rows * i / parts, rows * (i + 1) / parts);
+      for (int64_t i = first; i < last; ++i) body(i, rows_of(i).begin, rows_of(i).end);
     });
   }
 };

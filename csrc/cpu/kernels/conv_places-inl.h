@@ -21,16 +21,16 @@ inline void for_place_products(const ConvBlock& block, const Source& to, Range r
       taps_at(row, column, taps);
       a.taps = taps.data(), a.count = static_cast<int64_t>(taps.size());
       for (int64_t piece = 0; piece < pieces; ++piece) {
-        const int64_t begin = images.begin + images.size() * piece / pieces;
-        const int64_t end = images.begin + images.size() * (piece + 1) / pieces;
+        const Range part = part_of(images.size(), pieces, piece);
+        const int64_t begin = images.begin + part.begin;
         Runs runs;
-        runs.add(0, end - begin, to.pixel(block.image + begin, row, column), to.image_pitch);
+        runs.add(0, part.size(), to.pixel(block.image + begin, row, column), to.image_pitch);
         for_store_blocks(channel_blocks, [&](Range blocks) {
           for (int64_t c = blocks.begin; c < blocks.end; ++c) {
             const Operands operands = operands_of(c);
             a.first = operands.lines + begin * kLine;
             multiply<E>(a, operands.weights, products + (c - blocks.begin) * Tile::kBlockFloats,
-                        end - begin);
+                        part.size());
           }
           store(Tile{products, blocks.begin * kChannelBlock, blocks.size()}, runs);
         });

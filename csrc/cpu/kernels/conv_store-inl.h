@@ -93,8 +93,7 @@ inline void for_tiles(const ConvPlan& plan, const ConvBlock& block, const Source
   const int64_t pieces = (source.width + kStoreRows - 1) / kStoreRows;
   for (int64_t row = first_row; row < end_row; row += together)
     for (int64_t piece = 0; piece < pieces; ++piece) {
-      const int64_t begin = source.width * piece / pieces;
-      const int64_t end = source.width * (piece + 1) / pieces;
+      const auto [begin, end] = part_of(source.width, pieces, piece);
       Runs runs;
       for (int64_t r = row; r < std::min(end_row, row + together); ++r)
         runs.add(r * plan.pitch + begin, end - begin,

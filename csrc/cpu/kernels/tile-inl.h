@@ -153,7 +153,7 @@ inline void multiply_once(Pixels a, const float* b, bool add, float* c, int64_t 
   const int64_t parts = (rows + kProductRows - 1) / kProductRows;
   for (int64_t column = 0; column < kChannelBlock; column += kProductColumns)
     for (int64_t part = 0; part < parts; ++part) {
-      const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+      const auto [begin, end] = part_of(rows, parts, part);
       a.first = first + begin * kLine;
       multiply_some_rows<Element>(end - begin, a, b + column, add,
                                   c + begin * kChannelBlock + column);
