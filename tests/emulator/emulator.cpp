@@ -546,9 +546,10 @@ void fence(const std::source_location& site) {
   });
 }
 
-void check_range(const void* address, size_t bytes) {
-  if (!memory.holds(reinterpret_cast<uintptr_t>(address), bytes))
-    error = "outside of every tensor: the host's memset";
+bool may_set(const void* address, size_t bytes) {
+  const bool declared = memory.holds(reinterpret_cast<uintptr_t>(address), bytes);
+  if (!declared) error = "outside of every tensor: the host's memset";
+  return declared && !planted.no_memset;
 }
 
 Faults& faults() { return planted; }

@@ -37,8 +37,8 @@ void access(const volatile void* address, size_t bytes, Access kind,
 // A store that other blocks see no sooner than a fence of its block, or the block's end.
 void store(void* address, const void* value, size_t bytes);
 void fence(const std::source_location& site);
-// What the host does to memory between launches.
-void check_range(const void* address, size_t bytes);
+// Whether the host may set that memory between launches; an error where not.
+bool may_set(const void* address, size_t bytes);
 // A look at what other threads may change. Who looks at one address again and again lets them run;
 // if that never ends, it is a livelock.
 void look(const volatile void* address);
