@@ -17,7 +17,12 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 
-class SGD(torch.optim.SGD):
+class _Fused(torch.optim.Optimizer):
+    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(params, *args, fused=True, **kwargs)
+
+
+class SGD(_Fused, torch.optim.SGD):
     """:class:`torch.optim.SGD` with ``fused=True``.
 
     Args:
@@ -28,9 +33,6 @@ class SGD(torch.optim.SGD):
         RuntimeError: ``foreach`` or ``differentiable`` is asked for.
     """
 
-    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(params, *args, fused=True, **kwargs)
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """As :meth:`torch.optim.SGD.step`, which would keep its momentum with the views."""
@@ -38,16 +40,15 @@ class SGD(torch.optim.SGD):
             loss = None if closure is None else closure()
         settings = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            gradients = [parameter.grad for parameter in parameters]
+            parameters: list[Tensor] = []
+            gradients: list[Tensor] = []
             momenta: list[Tensor | None] = []
-            if group["momentum"] != 0:
-                momenta = [self.state[p].get("momentum_buffer") for p in parameters]
+            has_sparse_grad = self._init_group(group, parameters, gradients, momenta)
             views, momenta_views = list(parameters), list(momenta)
             _view_in_memory_order(views, gradients, momenta_views)
             sgd(
                 *(views, gradients, momenta_views),
-                has_sparse_grad=any(gradient.is_sparse for gradient in gradients),
+                has_sparse_grad=has_sparse_grad,
                 foreach=False,
                 fused=True,
                 grad_scale=getattr(self, "grad_scale", None),
@@ -63,11 +64,8 @@ class SGD(torch.optim.SGD):
         return loss
 
 
-class _FusedInMemoryOrder(torch.optim.Optimizer):
+class _FusedInMemoryOrder(_Fused):
     """For torch's optimisers that only read the lists which their groups are gathered in."""
-
-    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(params, *args, fused=True, **kwargs)
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
         found = super()._init_group(group, *lists)

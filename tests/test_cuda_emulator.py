@@ -40,6 +40,7 @@ SCHEDULES = [
     Schedule(seed=2, resident_blocks=3),
     Schedule(seed=3, resident_blocks=4, hold_permille=20),
 ]
+SEARCHING = [Schedule.drawn(seed) for seed in range(1, 41)]
 
 # Half a unit in the last place of the storage type, doubled for the float32 arithmetic before it.
 RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
@@ -358,7 +359,7 @@ def test_sums_that_are_not_numbers(kernels: BatchNormKernels) -> None:
 def test_backward_of_sums(kernels: BatchNormKernels, dual: bool, dtype: torch.dtype) -> None:
     form = "bn_add_bn_relu" if dual else "bn_relu"
     shapes = itertools.cycle(SHAPES.values())
-    for shape, kernels.schedule in zip(shapes, searching_schedules(), strict=False):
+    for shape, kernels.schedule in zip(shapes, SEARCHING, strict=False):
         for training in (True, False):
             sample = make_sample(form, *shape, dtype, training)
             _, mask = kernels.forward(
@@ -385,7 +386,7 @@ def test_backward_of_sums(kernels: BatchNormKernels, dual: bool, dtype: torch.dt
 
 def test_scale(kernels: BatchNormKernels) -> None:
     sizes = itertools.cycle((1, 255, 256, 257, 600))
-    for channels, kernels.schedule in zip(sizes, searching_schedules(), strict=False):
+    for channels, kernels.schedule in zip(sizes, SEARCHING, strict=False):
         norm = make_norm(torch.randn(5, channels), torch.Generator().manual_seed(0), False)
         expected = norm.weight.double() / (norm.var.double() + norm.eps).sqrt()
         torch.testing.assert_close(kernels.scale(norm).double(), expected, rtol=1e-6, atol=0)
@@ -469,17 +470,13 @@ def is_noticed(kernels: BatchNormKernels, schedules: list[Schedule]) -> bool:
     return False
 
 
-def searching_schedules() -> list[Schedule]:
-    return [Schedule(seed, 1 + seed % 4, 40 * (seed % 3)) for seed in range(1, 41)]
-
-
 def test_stores_are_fenced_before_the_ticket(kernels: BatchNormKernels) -> None:
     """The fence behind the ticket orders loads, which the emulator never reorders: that one is
     looked for in the machine code (`tests/test_cuda_build.py`)."""
     assert not is_noticed(kernels, SCHEDULES[:2])
     before, _behind = kernels.fences()
     kernels.skipped_line = before
-    assert is_noticed(kernels, searching_schedules())
+    assert is_noticed(kernels, SEARCHING)
 
 
 def test_each_barrier_is_needed(kernels: BatchNormKernels) -> None:
@@ -490,7 +487,7 @@ def test_each_barrier_is_needed(kernels: BatchNormKernels) -> None:
     unnoticed = []
     for line in barriers:
         kernels.skipped_line = line
-        if not is_noticed(kernels, searching_schedules()):
+        if not is_noticed(kernels, SEARCHING):
             unnoticed.append(line)
     assert not unnoticed, f"no schedule misses the barriers of lines {unnoticed}"
 
@@ -498,7 +495,7 @@ def test_each_barrier_is_needed(kernels: BatchNormKernels) -> None:
 @pytest.mark.parametrize("error", [-1, 1])
 def test_wrong_tickets_are_noticed(kernels: BatchNormKernels, error: int) -> None:
     kernels.ticket_error = error
-    assert is_noticed(kernels, searching_schedules())
+    assert is_noticed(kernels, SEARCHING)
 
 
 def test_tickets_that_do_not_start_at_zero_are_noticed(kernels: BatchNormKernels) -> None:

@@ -28,7 +28,7 @@ SHAPES = {  # batch, height, width, channels
     "two_columns_of_blocks": (1, 6, 6, 72),
 }
 WINDOWS = [(3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2), (2, 3, 0), (1, 1, 0)]
-SCHEDULES = [Schedule(seed, 1 + seed % 4, 40 * (seed % 3)) for seed in range(48)]
+SCHEDULES = [Schedule.drawn(seed) for seed in range(48)]
 
 
 @pytest.fixture

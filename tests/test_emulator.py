@@ -13,7 +13,7 @@ import torch
 from emulator import Emulator, EmulatorError, PlantedKernels, Schedule, sanitized, unwritten
 
 HERE = Path(__file__).parent
-SCHEDULES = [Schedule(), *(Schedule(seed, 1 + seed % 4, 40 * (seed % 3)) for seed in range(1, 41))]
+SCHEDULES = [Schedule.drawn(seed) for seed in range(41)]
 # All four blocks of a planted kernel resident at once, so that they may wait for one another.
 RESIDENT = [Schedule(seed, 4, 40 * (seed % 3)) for seed in range(1, 41)]
 

@@ -181,6 +181,15 @@ def test_alone_it_counts_and_averages_as_torchs(options: dict[str, bool | None])
     torch.testing.assert_close(ours.state_dict(), peer.state_dict())
 
 
+def test_nothing_is_synchronised_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even by a batch norm without running statistics: one process may evaluate alone."""
+    model = nn.sync_batch_norm(torch.nn.BatchNorm2d(4, track_running_stats=False))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda _group: 2)
+    assert model.is_shared()
+    assert not model.eval().is_shared()
+
+
 def test_a_world_of_one_changes_nothing() -> None:
     world = World()
     assert world.writes

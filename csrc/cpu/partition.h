@@ -28,7 +28,10 @@ struct Partition {
   template <class Body>
   void parallel(Body body) const {
     torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) body(i, rows_of(i).begin, rows_of(i).end);
+      for (int64_t i = first; i < last; ++i) {
+        const Range range = rows_of(i);
+        body(i, range.begin, range.end);
+      }
     });
   }
 };

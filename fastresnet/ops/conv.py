@@ -76,15 +76,19 @@ def conv_stats(
         filters = weight.to(dtype=x.dtype, memory_format=torch.channels_last)
         geometry = conv_graph.Geometry(stride, padding, dilation, groups)
         return conv_graph.conv_stats(x, filters, geometry)
-    if not has_conv_kernel(source, weight, groups):
-        return reference.conv_stats(
-            x, weight, stride=stride, padding=padding, dilation=dilation, groups=groups
-        )
-    return launch_conv_stats(x, weight, stride, padding, dilation, groups)
+    compiled = has_conv_kernel(source, weight, groups)
+    run = launch_conv_stats if compiled else reference.conv_stats
+    return run(x, weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
 
 
 def launch_conv_stats(
-    x: Tensor | Normalized, weight: Tensor, stride: int, padding: int, dilation: int, groups: int
+    x: Tensor | Normalized,
+    weight: Tensor,
+    *,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`conv_stats` of what :func:`has_conv_kernel` was asked about before."""
     source, bn = (x.x, x) if isinstance(x, Normalized) else (x, None)
@@ -151,9 +155,8 @@ def conv_bn_backward(
         The gradients. Where ``x`` has a batch norm, its gradient is the one behind that.
     """
     source = x.x if isinstance(x, Normalized) else x
-    run = launch_conv_bn_backward
-    if not has_conv_kernel(source, weight, groups):
-        run = reference.conv_bn_backward
+    compiled = has_conv_kernel(source, weight, groups)
+    run = launch_conv_bn_backward if compiled else reference.conv_bn_backward
     return run(
         *(grad, mask, sums, y, x, weight),
         stride=stride,

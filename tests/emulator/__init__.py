@@ -132,6 +132,11 @@ class Schedule:
     resident_blocks: int = 1
     hold_permille: int = 0
 
+    @classmethod
+    def drawn(cls, seed: int) -> Schedule:
+        """One of many that differ in all three."""
+        return cls(seed, 1 + seed % 4, 40 * (seed % 3))
+
 
 class Emulator:
     """Runs launches of one built library; an error of a kernel is an :class:`EmulatorError`."""

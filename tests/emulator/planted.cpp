@@ -64,18 +64,21 @@ void shuffle_outside_mask(float*, unsigned*) {
   if (threadIdx.x % 32 < 16) __shfl_down_sync(0x0000ffffu, 1.0f, 16);
 }
 
-// Each block leaves a value, the last adds them up.
-enum class TicketMistake { none, no_barrier, no_fence, fence_of_another };
+// Each block leaves a value, the last adds them up. One thread stores, another takes the ticket.
+enum class Fence { none, of_storing, of_other, of_other_behind_barrier };
 
-__device__ void sum_by_ticket(float* out, unsigned* ticket, TicketMistake mistake) {
+__device__ void sum_by_ticket(float* out, unsigned* ticket, Fence fence, bool wait = true) {
   __shared__ bool last;
   if (threadIdx.x == 1) {
     __stwb(out + blockIdx.y, 16.0f);
-    if (mistake == TicketMistake::none || mistake == TicketMistake::no_barrier) __threadfence();
+    if (fence == Fence::of_storing) __threadfence();
   }
-  if (threadIdx.x == 0 && mistake == TicketMistake::fence_of_another) __threadfence();
-  if (mistake != TicketMistake::no_barrier) __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == gridDim.y - 1;
+  if (threadIdx.x == 0 && fence == Fence::of_other) __threadfence();
+  if (wait) __syncthreads();
+  if (threadIdx.x == 0) {
+    if (fence == Fence::of_other_behind_barrier) __threadfence();
+    last = atomicAdd(ticket, 1u) == gridDim.y - 1;
+  }
   __syncthreads();
   if (!last || threadIdx.x != 0) return;
   __threadfence();
@@ -83,28 +86,17 @@ __device__ void sum_by_ticket(float* out, unsigned* ticket, TicketMistake mistak
   for (unsigned i = 0; i < gridDim.y; ++i) sum += __ldcg(out + i);
   __stwb(out, sum);
 }
-void ticket(float* out, unsigned* t) { sum_by_ticket(out, t, TicketMistake::none); }
-void ticket_without_barrier(float* out, unsigned* t) {
-  sum_by_ticket(out, t, TicketMistake::no_barrier);
-}
-void ticket_without_fence(float* out, unsigned* t) {
-  sum_by_ticket(out, t, TicketMistake::no_fence);
-}
-void ticket_with_fence_of_another(float* out, unsigned* t) {
-  sum_by_ticket(out, t, TicketMistake::fence_of_another);
-}
+void ticket(float* out, unsigned* t) { sum_by_ticket(out, t, Fence::of_storing); }
 // The fence of a thread that has met the others at a barrier is for their stores, too.
-void ticket_with_fence_behind_barrier(float* out, unsigned* ticket) {
-  __shared__ bool last;
-  if (threadIdx.x == 1) __stwb(out + blockIdx.y, 16.0f);
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  __threadfence();
-  last = atomicAdd(ticket, 1u) == gridDim.y - 1;
-  if (!last) return;
-  float sum = 0.0f;
-  for (unsigned i = 0; i < gridDim.y; ++i) sum += __ldcg(out + i);
-  __stwb(out, sum);
+void ticket_with_fence_behind_barrier(float* out, unsigned* t) {
+  sum_by_ticket(out, t, Fence::of_other_behind_barrier);
+}
+void ticket_without_barrier(float* out, unsigned* t) {
+  sum_by_ticket(out, t, Fence::of_storing, false);
+}
+void ticket_without_fence(float* out, unsigned* t) { sum_by_ticket(out, t, Fence::none); }
+void ticket_with_fence_of_another(float* out, unsigned* t) {
+  sum_by_ticket(out, t, Fence::of_other);
 }
 
 // ---- Atomics, and waiting for other blocks.
