@@ -56,22 +56,27 @@ def build(cache: Path, name: str, include: Path) -> ctypes.CDLL:
     """The emulator and ``name``.cpp of this folder as one library, built once per content; with
     AddressSanitizer and UndefinedBehaviorSanitizer where FASTRESNET_EMULATOR_SANITIZE=1."""
     headers = [*HERE.glob("*.h"), *CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh")]
-    # -fno-gnu-unique: or libraries in one process would share the variables of inline functions,
-    # __shared__ too.
-    command = ["g++", "-std=c++20", "-O2", "-fPIC", "-fno-gnu-unique"]
-    if os.environ.get("FASTRESNET_EMULATOR_SANITIZE") == "1":
-        command += SANITIZERS
-    compiler = [*command, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{HERE}"]
-    compiler += [f"-I{CSRC}", "-isystem", str(include), "-c"]
+    command = [*compiler(), "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{CSRC}"]
+    command += ["-isystem", str(include), "-c"]
     objects = []
     for source in ("emulator", "memory", name):
         file = HERE / f"{source}.cpp"
-        objects.append(_made(cache / f"{source}.o", [*compiler, str(file)], [file, *headers]))
-    library = _made(cache / f"{name}.so", [*command, "-shared", *map(str, objects)], objects)
-    return ctypes.CDLL(str(library))
+        objects.append(made(cache / f"{source}.o", [*command, str(file)], [file, *headers]))
+    link = [*compiler(), "-shared", *map(str, objects)]
+    return ctypes.CDLL(str(made(cache / f"{name}.so", link, objects)))
 
 
-def _made(file: Path, command: Sequence[str], inputs: Sequence[Path]) -> Path:
+def compiler(optimisation: str = "-O2") -> list[str]:
+    """The command that all of this folder is compiled with."""
+    # -fno-gnu-unique: or libraries in one process would share the variables of inline functions,
+    # __shared__ too.
+    command = ["g++", "-std=c++20", optimisation, "-fPIC", "-fno-gnu-unique"]
+    if os.environ.get("FASTRESNET_EMULATOR_SANITIZE") == "1":
+        command += SANITIZERS
+    return [*command, "-Wall", "-Wextra", "-Werror"]
+
+
+def made(file: Path, command: Sequence[str], inputs: Sequence[Path]) -> Path:
     """What ``command`` makes of ``inputs``, in a file like ``file`` whose name tells all that."""
     digest = hashlib.sha256(repr(command).encode())
     for path in sorted(inputs):
