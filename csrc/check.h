@@ -20,11 +20,12 @@ void check(bool ok, const Args&... args) {
   throw std::invalid_argument(text.str());
 }
 
-inline std::string shape(const Tensor& t) {
+inline std::string shape(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   std::string s = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  for (size_t i = 0; i < sizes.size(); ++i) s += (i ? ", " : "") + std::to_string(sizes[i]);
   return s + "]";
 }
+inline std::string shape(const Tensor& t) { return shape(t.sizes()); }
 
 inline DType dtype_of(const char* op, const Tensor& t, const char* name = "x") {
   switch (t.scalar_type()) {

@@ -93,6 +93,14 @@ STABLE_TORCH_LIBRARY(fastresnet, m) {
       "conv_method(Tensor x, Tensor weight, int stride, int padding, int dilation, int groups, "
       "bool normalised, bool backward, bool wants_dx) "
       "-> (int tile, bool by_places, bool patches)");
+  // act(convolution of x + bias + residual), and the weight as that reads it with inputs of x's
+  // size and the present number of threads: float32 [values].
+  m.def(
+      "conv_relu(Tensor x, Tensor packed, int[] weight_size, Tensor? bias, Tensor? residual, "
+      "bool relu, int stride, int padding, int dilation, int groups) -> Tensor");
+  m.def(
+      "conv_pack(Tensor x, Tensor weight, int stride, int padding, int dilation, int groups) "
+      "-> Tensor");
   m.def(
       "bn_sums(Tensor grad, Tensor? mask, Tensor x, Tensor mean, Tensor? residual, "
       "Tensor? residual_mean) -> (Tensor sums, Tensor residual_sums)");

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch norm folded into fused convolutions in inference. aten's two operators, which exist on CUDA
-only, are given their definition on the CPU here, by way of the dispatcher."""
+"""Batch norm folded into fused convolutions in inference: our own, and cuDNN's, whose two operators
+of aten exist on CUDA only and are given their definition on the CPU here, by the dispatcher."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import copy
 import gc
 import itertools
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
@@ -25,12 +26,21 @@ from fastresnet.nn import FusedSequential, stages
 from fastresnet.ops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CONV_RELU = sys.modules["fastresnet.ops.conv_relu"]  # the package has the function by that name
+
+with torch.no_grad():  # not on processors without AVX2, nor where the library is switched off
+    has_ours = ops.has_conv_relu_kernel(
+        torch.ones(1, 2, 2, 8).permute(0, 3, 1, 2), torch.ones(8, 8, 1, 1)
+    )
+needs_ours = pytest.mark.skipif(not has_ours, reason="no convolutions of our own here")
 
 
 @pytest.fixture
-def calls() -> Iterator[list[str]]:
-    """aten's operators on the CPU; the list holds the calls."""
+def by_cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """aten's operators on the CPU, in place of ours; the list holds the calls."""
     seen: list[str] = []
+    for module in (ops, CONV_RELU):
+        monkeypatch.setattr(module, "has_conv_kernel", lambda *_: False)
 
     def convolution_relu(x, weight, bias, *geometry):
         assert x.dtype == weight.dtype == bias.dtype
@@ -48,6 +58,29 @@ def calls() -> Iterator[list[str]]:
     library.impl("cudnn_convolution_add_relu", convolution_add_relu, "CPU")
     yield seen
     library._destroy()
+
+
+@pytest.fixture
+def by_ours(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls of our own operator with a ReLU."""
+    if not has_ours:
+        pytest.skip("no convolutions of our own here")
+    seen: list[str] = []
+    launch = ops.launch_conv_relu
+
+    def record(x, weight, bias, residual=None, *, relu=True, **geometry):
+        assert isinstance(weight, ops.PackedWeight)
+        if relu:
+            seen.append("relu" if residual is None else "add_relu")
+        return launch(x, weight, bias, residual, relu=relu, **geometry)
+
+    monkeypatch.setattr(ops, "launch_conv_relu", record)
+    return seen
+
+
+@pytest.fixture(params=["by_cudnn", "by_ours"])
+def calls(request: pytest.FixtureRequest) -> list[str]:
+    return request.getfixturevalue(request.param)
 
 
 def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -92,8 +125,8 @@ def predict(model: nn.Module, x: Tensor, amp: torch.dtype | None = None) -> Tens
     dtype=st.sampled_from(DTYPES),
     residual=st.booleans(),
 )
-def test_operator_is_its_twin(
-    calls: list[str], n, side, channels, out_channels, kernel, stride, dilation, dtype, residual
+def test_cudnns_operator_is_its_twin(
+    by_cudnn: list[str], n, side, channels, out_channels, kernel, stride, dilation, dtype, residual
 ) -> None:
     geometry = {"stride": stride, "padding": kernel // 2 * dilation, "dilation": dilation}
     x = channels_last(n, channels, side, side, dtype=dtype)
@@ -101,17 +134,17 @@ def test_operator_is_its_twin(
     bias = torch.randn(out_channels).to(dtype)
     shape = F.conv2d(x, weight, None, **geometry).shape
     other = channels_last(*shape, dtype=dtype) if residual else None
-    calls.clear()
+    by_cudnn.clear()
     with torch.no_grad():
         takes = ops.has_conv_relu_kernel(x, weight)
         ours = ops.conv_relu(x, weight, bias, other, **geometry)
     assert takes == (channels % (16 // x.itemsize) == out_channels % (16 // x.itemsize) == 0)
-    assert len(calls) == takes
+    assert len(by_cudnn) == takes
     torch.testing.assert_close(ours, reference.conv_relu(x, weight, bias, other, **geometry))
 
 
-def test_operator_takes_only_what_it_says(
-    calls: list[str], monkeypatch: pytest.MonkeyPatch
+def test_cudnns_operator_takes_only_what_it_says(
+    by_cudnn: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, weight = channels_last(2, 16, 5, 5), channels_last(16, 16, 3, 3)
     has = ops.has_conv_relu_kernel
@@ -126,9 +159,9 @@ def test_operator_takes_only_what_it_says(
         assert not has(x, weight.double())
         assert not has(x[0], weight)
         assert not has(x, weight[:1].expand(2**28, -1, -1, -1)), "2**31 values"
-        monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-        assert not has(x, weight)
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.backends.cudnn, "deterministic", True)
+            assert not has(x, weight)
         torch.use_deterministic_algorithms(True)
         try:
             assert not has(x, weight)
@@ -137,13 +170,129 @@ def test_operator_takes_only_what_it_says(
         assert has(x, weight)
 
 
-def test_without_the_operators_nothing_is_folded(block: nn.Module) -> None:
+@needs_ours
+@settings(max_examples=150)
+@given(
+    n=st.integers(1, 9),
+    height=st.integers(1, 17),
+    width=st.integers(1, 17),
+    channels=st.integers(1, 70),
+    out_channels=st.integers(1, 70),
+    kernel=st.sampled_from([1, 3, 7]),
+    stride=st.integers(1, 5),
+    dilation=st.integers(1, 2),
+    dtype=st.sampled_from(DTYPES[:2]),
+    bias=st.booleans(),
+    residual=st.booleans(),
+    relu=st.booleans(),
+)
+def test_our_operator_is_no_worse_than_torchs(
+    n, height, width, channels, out_channels, kernel, stride, dilation, dtype, bias, residual, relu
+) -> None:
+    geometry = {"stride": stride, "padding": kernel // 2 * dilation, "dilation": dilation}
+    x = channels_last(n, channels, height, width, dtype=dtype)
+    weight = channels_last(out_channels, channels, kernel, kernel) / (channels * kernel**2) ** 0.5
+    weight = weight.to(dtype).float()
+    vector = torch.randn(out_channels).to(dtype).float() if bias else None
+    shape = F.conv2d(x.double(), weight.double(), None, **geometry).shape
+    other = channels_last(*shape, dtype=dtype) if residual else None
+    with torch.no_grad():
+        ours = ops.conv_relu(x, weight, vector, other, relu=relu, **geometry)
+        torchs = reference.conv_relu(x, weight, vector, other, relu=relu, **geometry)
+    doubles = (None if t is None else t.double() for t in (x, weight, vector, other))
+    exact = reference.conv_relu(*doubles, relu=relu, **geometry)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert_no_worse(ours, torchs, exact, "y", exact.abs().max().item())
+
+
+@needs_ours
+@pytest.mark.parametrize("groups", [4, 32, 64])
+@torch.no_grad()
+def test_our_operator_takes_groups(groups: int) -> None:
+    x, weight = channels_last(2, 64, 9, 9), channels_last(64, 64 // groups, 3, 3)
+    geometry = {"padding": 1, "groups": groups}
+    assert ops.has_conv_relu_kernel(x, weight, groups)
+    ours = ops.conv_relu(x, weight, None, x, **geometry)
+    torchs = reference.conv_relu(x, weight, None, x, **geometry)
+    exact = reference.conv_relu(x.double(), weight.double(), None, x.double(), **geometry)
+    assert_no_worse(ours, torchs, exact, "y", exact.abs().max().item())
+
+
+@needs_ours
+@torch.no_grad()
+def test_a_packed_weight_is_for_every_size_and_number_of_threads() -> None:
+    packed = ops.PackedWeight(channels_last(64, 64, 3, 3) / 24)
+    # By places, by tiles, by taps; the first has no use for eight of nine taps.
+    cases = [(40, 1), (40, 2), (3, 14), (1, 7), (40, 2), (1, 31)]
+    methods = set()
+    before = torch.get_num_threads()
+    try:
+        for dtype, threads in itertools.product(DTYPES[:2], (2, 1)):
+            torch.set_num_threads(threads)
+            for n, side in cases:
+                x = channels_last(n, 64, side, side, dtype=dtype)
+                arguments = (x, packed.weight, 1, 1, 1, 1, False, False, False)
+                methods.add(torch.ops.fastresnet.conv_method(*arguments))
+                found = ops.conv_relu(x, packed, None, x, padding=1)
+                assert torch.equal(found, ops.conv_relu(x, packed.weight, None, x, padding=1))
+    finally:
+        torch.set_num_threads(before)
+    assert len(methods) > 1
+    made = [values.data_ptr() for values in packed._of_input.values()]
+    assert len(set(made)) < len(made), "sizes share what they read alike"
+
+
+@needs_ours
+@torch.no_grad()
+def test_our_operator_refuses_what_does_not_fit() -> None:
+    conv_relu = torch.ops.fastresnet.conv_relu
+    x, weight = channels_last(1, 8, 4, 4), torch.ones(16, 8, 1, 1)
+    packed = torch.ops.fastresnet.conv_pack(x, weight, 1, 0, 1, 1)
+    rest = (False, 1, 0, 1, 1)
+    good = conv_relu(x, packed, [16, 8, 1, 1], None, None, *rest)
+    for match, arguments in {
+        r"packed of \d+ values, .* got 7": (x, packed[:7], [16, 8, 1, 1], None, None),
+        "packed as conv_pack makes it, got": (x, packed.double(), [16, 8, 1, 1], None, None),
+        r"weight of shape \[out_channels, 8, .* got \[16, 4, 1, 1\]": (
+            x,
+            packed,
+            [16, 4, 1, 1],
+            None,
+            None,
+        ),
+        r"weight of shape .* got \[16, 8\]": (x, packed, [16, 8], None, None),
+        "bias of 16 values": (x, packed, [16, 8, 1, 1], torch.ones(8), None),
+        "bias of float32": (x, packed, [16, 8, 1, 1], torch.ones(16).double(), None),
+        "residual of x's shape": (x, packed, [16, 8, 1, 1], None, good[:, :8]),
+        "residual of x's dtype": (x, packed, [16, 8, 1, 1], None, good.bfloat16()),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            conv_relu(*arguments, *rest)
+
+
+@needs_ours
+@torch.no_grad()
+def test_opcheck() -> None:
+    x, weight = channels_last(2, 8, 6, 6), channels_last(16, 8, 3, 3)
+    packed = torch.ops.fastresnet.conv_pack(x, weight, 2, 1, 1, 1)
+    arguments = (x, packed, [16, 8, 3, 3], torch.ones(16), None, True, 2, 1, 1, 1)
+    torch.library.opcheck(torch.ops.fastresnet.conv_relu.default, arguments)
+
+
+def test_without_the_operators_nothing_is_folded(
+    block: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (ops, CONV_RELU):
+        monkeypatch.setattr(module, "has_conv_kernel", lambda *_: False)
     with torch.no_grad():
         assert not ops.has_conv_relu_kernel(channels_last(1, 8, 2, 2), channels_last(8, 8, 1, 1))
         assert block(channels_last(2, 64, 8, 8)).shape == (2, 128, 4, 4)
 
 
-def test_a_convolution_without_an_engine_runs_as_two_and_says_so() -> None:
+def test_a_convolution_without_an_engine_runs_as_two_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(CONV_RELU, "has_conv_kernel", lambda *_: False)
     asked: list[torch.Size] = []
 
     def refuse(x, *rest):
@@ -195,22 +344,31 @@ def small_network(kind: str) -> nn.Module:
 )
 @pytest.mark.parametrize("kind", ["basic", "bottleneck", "vgg"])
 def test_networks_are_no_worse_than_torchs(
-    calls: list[str], kind: str, dtype: torch.dtype, amp: torch.dtype | None
+    request: pytest.FixtureRequest,
+    calls: list[str],
+    kind: str,
+    dtype: torch.dtype,
+    amp: torch.dtype | None,
 ) -> None:
     # Of several networks together: errors of one network's few logits are of one piece.
     exact, found, torchs = [], [], []
     for _ in range(4):
         ours = used(small_network(kind))
         theirs = fastresnet.revert(copy.deepcopy(ours))
-        x = torch.randn(4, 3, 40, 40)
+        x = channels_last(4, 3, 40, 40)
         exact.append(predict(copy.deepcopy(theirs).double(), x.double()))
         if amp is None:
             ours, theirs, x = ours.to(dtype), theirs.to(dtype), x.to(dtype)
         calls.clear()
         found.append(predict(ours, x, amp))
-        # Of a VGG's triples the first has odd channels, and the second goes with the pool.
-        counts = {"basic": ["relu", "add_relu"] * 5, "bottleneck": ["relu", "relu", "add_relu"] * 5}
-        assert calls == counts.get(kind, ["relu"] * 2)
+        # cuDNN's do not take the three channels of images, and leave what goes with a pool.
+        ours_too = "by_ours" in request.fixturenames
+        counts = {
+            "basic": ["relu"] * ours_too + ["relu", "add_relu"] * 5,
+            "bottleneck": ["relu"] * ours_too + ["relu", "relu", "add_relu"] * 5,
+            "vgg": ["relu"] * (4 if ours_too else 2),
+        }
+        assert calls == ([] if ours_too and dtype == torch.float16 else counts[kind])
         torchs.append(predict(theirs, x, amp))
         assert found[-1].dtype == torchs[-1].dtype
     expected = torch.stack(exact)
@@ -218,12 +376,12 @@ def test_networks_are_no_worse_than_torchs(
     assert_no_worse(torch.stack(found), torch.stack(torchs), expected, "logits", scale)
 
 
-def test_grouped_blocks_run_as_before(calls: list[str]) -> None:
+def test_cudnn_leaves_grouped_blocks(by_cudnn: list[str]) -> None:
     model = used(fastresnet.nn.Bottleneck(64, 16, groups=4, base_width=64))
     twin = fastresnet.revert(copy.deepcopy(model))
     x = channels_last(1, 64, 8, 8)
     torch.testing.assert_close(predict(model, x), predict(twin, x), rtol=1e-4, atol=1e-4)
-    assert calls == []
+    assert by_cudnn == []
 
 
 def test_a_bias_of_every_convolution_counts(calls: list[str]) -> None:
@@ -367,7 +525,7 @@ def test_copies_pickles_and_memory(calls: list[str], block: nn.Module) -> None:
     assert len(fastresnet.nn.folding._folds) < before
 
 
-def test_what_float16_cannot_hold_is_not_folded(calls: list[str], block: nn.Module) -> None:
+def test_what_float16_cannot_hold_is_not_folded(by_cudnn: list[str], block: nn.Module) -> None:
     x = channels_last(2, 64, 6, 6, dtype=torch.float16)
     with torch.no_grad():
         block.bn1.running_var.zero_()
@@ -375,10 +533,10 @@ def test_what_float16_cannot_hold_is_not_folded(calls: list[str], block: nn.Modu
         block.conv1.weight[0, 0, 0, 0] = 1e3
     amp = torch.float16
     found = predict(block, x * 1e-2, amp)
-    assert calls == []
+    assert by_cudnn == []
     assert found.isfinite().all()
     predict(block, x.float(), None)
-    assert calls == ["relu", "add_relu"]
+    assert by_cudnn == ["relu", "add_relu"]
 
 
 @pytest.mark.parametrize("where", ["conv1", "bn1", "relu", "downsample", "downsample.0"])

@@ -24,33 +24,46 @@ int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t paddin
   return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
-ConvShape check_conv(const char* op, const Tensor& x, const Tensor& weight, int64_t stride,
-                     int64_t padding, int64_t dilation, int64_t groups) {
+// weight: its sizes.
+ConvShape check_conv(const char* op, const Tensor& x, Sizes weight, int64_t stride, int64_t padding,
+                     int64_t dilation, int64_t groups) {
   check_input(op, x);
   check(groups >= 1 && x.size(1) % groups == 0, op, ": expected groups that divide the ", x.size(1),
         " channels, got ", groups);
   const int64_t width = x.size(1) / groups;
-  check(weight.defined() && weight.dim() == 4 && weight.size(1) == width && weight.numel() > 0, op,
-        ": expected weight of shape [out_channels, ", width, ", height, width], got ",
-        weight.defined() ? shape(weight) : "None");
-  check(groups == 1 || (weight.size(0) == x.size(1) &&
-                        (width % kChannelBlock == 0 || kChannelBlock % width == 0)),
+  check(weight.size() == 4 && weight[0] > 0 && weight[1] == width && weight[2] > 0 && weight[3] > 0,
+        op, ": expected weight of shape [out_channels, ", width, ", height, width], got ",
+        shape(weight));
+  check(groups == 1 ||
+            (weight[0] == x.size(1) && (width % kChannelBlock == 0 || kChannelBlock % width == 0)),
         op, ": expected groups with as many output as input channels, a number that divides ",
         kChannelBlock, " or is divided by it, got ", shape(weight), " in ", groups, " groups");
-  dtype_of(op, weight, "weight");
-  check(weight.device() == x.device(), op, ": expected weight and x on one device");
   check(stride >= 1 && stride <= kMaxStride, op, ": expected a stride of 1 to ", kMaxStride,
         ", got ", stride);
   check(padding >= 0 && dilation >= 1, op, ": expected padding >= 0 and dilation >= 1, got ",
         padding, " and ", dilation);
-  ConvShape s{x.size(0),      x.size(2),      x.size(3), x.size(1), 0,        0,     weight.size(0),
-              weight.size(2), weight.size(3), stride,    padding,   dilation, groups};
+  ConvShape s{x.size(0), x.size(2), x.size(3), x.size(1), 0,        0,     weight[0],
+              weight[2], weight[3], stride,    padding,   dilation, groups};
   s.out_height = output_size(s.height, s.kernel_height, stride, padding, dilation);
   s.out_width = output_size(s.width, s.kernel_width, stride, padding, dilation);
   check(s.height + 2 * padding >= dilation * (s.kernel_height - 1) + 1 &&
             s.width + 2 * padding >= dilation * (s.kernel_width - 1) + 1,
         op, ": expected x of at least the kernel's size, got ", shape(x), " and ", shape(weight));
   return s;
+}
+
+ConvShape check_conv(const char* op, const Tensor& x, const Tensor& weight, int64_t stride,
+                     int64_t padding, int64_t dilation, int64_t groups) {
+  check(weight.defined(), op, ": expected weight, got None");
+  dtype_of(op, weight, "weight");
+  check(weight.device() == x.device(), op, ": expected weight and x on one device");
+  return check_conv(op, x, weight.sizes(), stride, padding, dilation, groups);
+}
+
+// y of an operator: shape of the convolution's output, dtype of x.
+Tensor new_output(const ConvShape& s, const Tensor& x) {
+  return new_result({s.batch, s.out_channels, s.out_height, s.out_width}, x.scalar_type(),
+                    MemoryFormat::ChannelsLast);
 }
 
 // What is done to the input before a convolution: relu(batch norm), or nothing.
@@ -89,8 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(
       check_prologue(op, x, x_mean, x_var, x_weight, x_bias, x_eps);
   const DType dtype = dtype_of(op, x);
 
-  Tensor y = new_result({s.batch, s.out_channels, s.out_height, s.out_width}, x.scalar_type(),
-                        MemoryFormat::ChannelsLast);
+  Tensor y = new_output(s, x);
   ConvForwardParams p{};
   p.dtype = dtype;
   p.x = x.const_data_ptr();
@@ -109,6 +121,51 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(
   Tensor mean = empty_vector(x, s.out_channels), var = empty_vector(x, s.out_channels);
   moments.merge(mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>());
   return {y, mean, var};
+}
+
+Tensor conv_pack_cpu(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding,
+                     int64_t dilation, int64_t groups) {
+  constexpr const char* op = "conv_pack";
+  const ConvShape s = check_conv(op, x, weight, stride, padding, dilation, groups);
+  const DType dtype = dtype_of(op, x);
+  const Sharing sharing = share_forward(s, dtype, false);
+  const WeightPacking packing(weight, sharing.plan, dtype, false);
+  Tensor packed = empty_vector(x, packing.floats());
+  packing.pack_all(packed.mutable_data_ptr<float>());
+  return packed;
+}
+
+Tensor conv_relu_cpu(const Tensor& x, const Tensor& packed, std::vector<int64_t> weight_size,
+                     std::optional<Tensor> bias, std::optional<Tensor> residual, bool relu,
+                     int64_t stride, int64_t padding, int64_t dilation, int64_t groups) {
+  constexpr const char* op = "conv_relu";
+  const ConvShape s = check_conv(op, x, weight_size, stride, padding, dilation, groups);
+  const DType dtype = dtype_of(op, x);
+  const Sharing sharing = share_forward(s, dtype, false);
+  check(packed.dim() == 1 && packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
+            packed.device() == x.device(),
+        op, ": expected packed as conv_pack makes it, got ", shape(packed), " of ",
+        torch::headeronly::toString(packed.scalar_type()));
+  const WeightPacking packing(packed.const_data_ptr<float>(), sharing.plan, dtype);
+  check(packed.numel() == packing.floats(), op, ": expected packed of ", packing.floats(),
+        " values, for inputs of this size and this number of threads, got ", packed.numel());
+
+  Tensor y = new_output(s, x);
+  ConvForwardParams p{};
+  p.plan = &sharing.plan;
+  p.dtype = dtype;
+  p.x = x.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  p.past_caches = past_caches(y);
+  p.inference = true;
+  p.relu = relu;
+  if (bias) p.bias = check_vector(op, "bias", *bias, y);
+  if (residual) {
+    check_like_input(op, "residual", *residual, y);
+    p.residual = residual->const_data_ptr();
+  }
+  forward(p, sharing, packing);
+  return y;
 }
 
 Tensor empty_sums(const Tensor& like, int64_t channels) {
@@ -195,5 +252,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastresnet, CPU, m) {
   using namespace fastresnet::cpu;
   m.impl("conv_method", TORCH_BOX(&conv_method_cpu));
   m.impl("conv_stats", TORCH_BOX(&conv_stats_cpu));
+  m.impl("conv_pack", TORCH_BOX(&conv_pack_cpu));
+  m.impl("conv_relu", TORCH_BOX(&conv_relu_cpu));
   m.impl("conv_bn_backward", TORCH_BOX(&conv_bn_backward_cpu));
 }

@@ -66,6 +66,12 @@ struct ConvForwardParams {
   const float* shift;  // [channels]
   void* y;
   bool past_caches;  // y is too large to be found in a cache by whoever reads it next
+  // In training y is the convolution, and its moments are taken; in inference it is
+  // relu(convolution + bias + residual), or that without the ReLU.
+  bool inference;
+  const float* bias;     // [out_channels]; may be null
+  const void* residual;  // like y; may be null
+  bool relu;
 };
 
 // Sums over outputs of what they are more than `shift`, and of its square; all [out_channels].

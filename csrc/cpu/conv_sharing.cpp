@@ -167,16 +167,19 @@ struct GradientParts {
   static constexpr int64_t kGradientShare = 8;  // of the cache
 };
 
-// All of a weight, packed for the time of a call, or nothing.
+// All of a weight, packed before or for the time of a call, or nothing.
 class PackedWeight {
  public:
-  PackedWeight(const WeightPacking& weight, bool wanted) : memory_(wanted ? weight.floats() : 0) {
-    if (wanted) weight.pack_all(memory_.floats());
+  PackedWeight(const WeightPacking& weight, bool wanted)
+      : memory_(wanted && !weight.packed() ? weight.floats() : 0),
+        floats_(weight.packed() ? weight.packed() : memory_.floats()) {
+    if (memory_.floats()) weight.pack_all(memory_.floats());
   }
-  const float* floats() const { return memory_.floats(); }
+  const float* floats() const { return floats_; }
 
  private:
   Temporary memory_;
+  const float* floats_;
 };
 
 // The weight as the parts of a convolution that is shared out by channels multiply with it: each

@@ -40,8 +40,18 @@ WeightPacking::WeightPacking(const Tensor& weight, const ConvPlan& plan, DType d
       tensor_(plan.patches ? torch::stable::contiguous(weight, MemoryFormat::ChannelsLast)
                            : weight),
       weight_{tensor_.const_data_ptr(), dtype_of("conv", weight), strides(weight, plan)},
+      packed_(nullptr),
       blocks_(channel_blocks(transposed ? plan.shape.channels : plan.shape.out_channels)),
       block_floats_(kernels().conv_packed_floats(plan, dtype, transposed)) {}
+
+WeightPacking::WeightPacking(const float* packed, const ConvPlan& plan, DType dtype)
+    : plan_(plan),
+      dtype_(dtype),
+      transposed_(false),
+      weight_{},
+      packed_(packed),
+      blocks_(channel_blocks(plan.shape.out_channels)),
+      block_floats_(kernels().conv_packed_floats(plan, dtype, false)) {}
 
 void WeightPacking::pack(int64_t block, float* packed) const {
   kernels().conv_pack(weight_, plan_, dtype_, transposed_, block, packed);

@@ -21,12 +21,16 @@ int64_t padded_size(const ConvPlan& plan);
 class WeightPacking {
  public:
   WeightPacking(const Tensor& weight, const ConvPlan& plan, DType dtype, bool transposed);
+  // Of a weight that pack_all() packed before, not transposed.
+  WeightPacking(const float* packed, const ConvPlan& plan, DType dtype);
 
   int64_t block_floats() const { return block_floats_; }
   void pack(int64_t block, float* packed) const;
   int64_t floats() const { return blocks_ * block_floats_; }
   // Every block, one after another, by all threads.
   void pack_all(float* packed) const;
+  // Every block, where it was packed before; else null.
+  const float* packed() const { return packed_; }
 
  private:
   const ConvPlan& plan_;
@@ -34,6 +38,7 @@ class WeightPacking {
   bool transposed_;
   Tensor tensor_;
   ConvWeight weight_;  // of tensor_
+  const float* packed_;
   int64_t blocks_, block_floats_;
 };
 

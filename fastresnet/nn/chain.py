@@ -23,21 +23,18 @@ from .links import (
     Link,
     batches_seen,
     channels_fit,
-    computed_dtype,
+    fills_blocks,
     forward_links,
     is_plain,
-    is_standard,
     runs_as_node,
     save_for_backward,
     saved_tensors,
     sizes_behind,
+    under_autocast,
     values_a_channel,
 )
 from .running_stats import update_running_stats
 from .windows import square_windows
-
-_LEAST_CHANNELS = 16  # fewer would fill the kernels' blocks with zeros
-_LARGEST_PATCH = 512  # values; kLargestPatch of csrc/cpu/conv_params.h
 
 
 def run_chain(modules: Sequence[nn.Module], x: Any) -> tuple[Any, int, Join | None]:
@@ -61,10 +58,10 @@ def run_chain(modules: Sequence[nn.Module], x: Any) -> tuple[Any, int, Join | No
         links.append(Link(conv, bn))
     if not links or not isinstance(x, Tensor) or x.dim() != 4 or not runs_as_node(x):
         return x, 0, None
-    images, x = x, _under_autocast(links[0], x)
+    images, x = x, under_autocast(links[0], x)
     if (
         not all(is_plain(link, x) for link in links)
-        or not all(_takes_channels(link, x, index) for index, link in enumerate(links))
+        or not all(fills_blocks(link, x, index == 0) for index, link in enumerate(links))
         or not channels_fit(links, x)
         or min(counts := values_a_channel(links, x)) < 2
     ):
@@ -77,25 +74,6 @@ def run_chain(modules: Sequence[nn.Module], x: Any) -> tuple[Any, int, Join | No
     out, source, *statistics = _Chain.apply(links, windows, x, *parameters)
     update_running_stats(batches_seen(links, statistics, counts))
     return out, length + (windows is not None), source if out.requires_grad else None
-
-
-def _under_autocast(link: Link, x: Tensor) -> Tensor:
-    """What autocast hands to the convolution, of images, which have no gradient."""
-    device = x.device.type
-    if x.requires_grad or device != "cpu" or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(computed_dtype(link, x)) if is_standard(link) and ops.has_kernel(x) else x
-
-
-def _takes_channels(link: Link, x: Tensor, index: int) -> bool:
-    """Whether the kernels fill their blocks: with channels, or with patches of what has no
-    gradient."""
-    conv = link.conv
-    if conv.in_channels >= _LEAST_CHANNELS:
-        return True
-    is_plain_input = index == 0 and not x.requires_grad
-    patch = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
-    return is_plain_input and conv.groups == conv.dilation[0] == 1 and patch <= _LARGEST_PATCH
 
 
 def _like_output(links: list[Link], x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -41,7 +40,8 @@ def folded_block(
         return None
     residual = x
     if projection is not None:
-        residual = torch.conv2d(x, folds.pop().weight, None, **projection.geometry)
+        weight = folds.pop().weight
+        residual = ops.launch_conv_relu(x, weight, None, relu=False, **projection.geometry)
     for link, folded in zip(links[:-1], folds, strict=True):
-        x = ops.conv_relu(x, folded.weight, folded.bias, **link.geometry)
-    return ops.conv_relu(x, last.weight, last.bias, residual, **links[-1].geometry)
+        x = ops.launch_conv_relu(x, folded.weight, folded.bias, **link.geometry)
+    return ops.launch_conv_relu(x, last.weight, last.bias, residual, **links[-1].geometry)

@@ -23,7 +23,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import ops
 from .batch_norm import is_relu, is_transformed
-from .links import Link, channels_fit, computed_dtype, is_standard
+from .links import (
+    Link,
+    channels_fit,
+    computed_dtype,
+    fills_blocks,
+    is_standard,
+    under_autocast,
+)
 from .windows import square_windows
 
 
@@ -34,7 +41,7 @@ class Fold:
     ``fits`` says that the dtype can hold them.
     """
 
-    weight: Tensor  # channels_last
+    weight: Tensor | ops.PackedWeight
     bias: Tensor
     fits: bool
     sources: tuple[tuple[Tensor | None, int, Tensor | None], ...]
@@ -98,7 +105,8 @@ def run_folded(modules: Sequence[nn.Module], x: Any) -> tuple[Any, int]:
 
     Returns:
         The output and how many modules it is the output of; ``x`` and 0 where there is no triple,
-        or where a max-pool comes behind that reads the batch norm's input itself.
+        where our own convolutions would be filled with zeros and, with cuDNN's, where a max-pool
+        comes behind that reads the batch norm's input itself.
     """
     if not may_fold(x) or len(modules) < 3:
         return x, 0
@@ -106,13 +114,19 @@ def run_folded(modules: Sequence[nn.Module], x: Any) -> tuple[Any, int]:
     if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d or not is_relu(relu):
         return x, 0
     link = Link(conv, bn)
-    pooled = len(modules) > 3 and square_windows(modules[3]) is not None
-    if pooled or not can_fold(link, x) or not channels_fit([link], x):
-        return x, 0
+    images, x = x, under_autocast(link, x)
+    if not can_fold(link, x) or not channels_fit([link], x):
+        return images, 0
+    if _is_ours(link, x):
+        suits = fills_blocks(link, x, is_input=True)
+    else:
+        suits = len(modules) == 3 or square_windows(modules[3]) is None
+    if not suits:
+        return images, 0
     folded = fold(link, None, x)
     if not folded.fits:
-        return x, 0
-    return ops.conv_relu(x, folded.weight, folded.bias, **link.geometry), 3
+        return images, 0
+    return ops.launch_conv_relu(x, folded.weight, folded.bias, **link.geometry), 3
 
 
 def may_fold(x: Any) -> bool:
@@ -133,6 +147,7 @@ def can_fold(link: Link, x: Tensor) -> bool:
     return (
         is_standard(link)
         and not link.uses_batch
+        and conv.stride[0] <= 4
         and bn.weight.device == x.device
         and ops.has_conv_relu_kernel(x, conv.weight, conv.groups)
         and x.dtype == computed_dtype(link, x)
@@ -152,18 +167,26 @@ def fold(link: Link, projection: Link | None, x: Tensor) -> Fold:
         known = _folds.get(link.conv)
         if known is not None and known.is_of(tensors, context):
             return known
-    weight, bias = _folded(link)
+    scale, bias = _scale_and_bias(link)
     if projection is not None:
-        bias = bias + _folded(projection)[1]
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        bias = bias + _scale_and_bias(projection)[1]
+    weight = ops.PackedWeight(link.conv.weight.detach(), scale)
     fits = True
-    if x.dtype == torch.float16:
-        fits = bool(weight.isfinite().all() & bias.isfinite().all())
+    if not _is_ours(link, x):
+        weight = weight.scaled().to(dtype=x.dtype, memory_format=torch.channels_last)
+        bias = bias.to(x.dtype)
+        if x.dtype == torch.float16:
+            fits = bool(weight.isfinite().all() & bias.isfinite().all())
     if not keeps:
         return Fold(weight, bias, fits, (), context)
     sources = tuple((t, 0, None) if t is None else (t, t._version, t.detach()) for t in tensors)
     made = _folds[link.conv] = Fold(weight, bias, fits, sources, context)
     return made
+
+
+def _is_ours(link: Link, x: Tensor) -> bool:
+    """Whether the convolution is our own, which takes float32 weights and biases in any dtype."""
+    return ops.has_conv_kernel(x, link.conv.weight, link.conv.groups)
 
 
 def _tensors(link: Link) -> tuple[Tensor | None, ...]:
@@ -172,15 +195,15 @@ def _tensors(link: Link) -> tuple[Tensor | None, ...]:
     return (*link.parameters, bn.running_mean, bn.running_var, bn.num_batches_tracked)
 
 
-def _folded(link: Link) -> tuple[Tensor, Tensor]:
-    """Weight, in channels_last, and bias in float32."""
+def _scale_and_bias(link: Link) -> tuple[Tensor, Tensor]:
+    """What a batch norm makes of its convolution: a factor for each output channel's weights, and
+    the bias; float32 [K]."""
     conv, bn = link
     scale = bn.weight.float() * (bn.running_var.float() + bn.eps).rsqrt()
     bias = bn.bias.float() - bn.running_mean.float() * scale
     if conv.bias is not None:
         bias = bias + conv.bias.float() * scale
-    weight = conv.weight.float() * scale[:, None, None, None]
-    return weight.contiguous(memory_format=torch.channels_last), bias
+    return scale, bias
 
 
 def _is_captured(x: Tensor) -> bool:

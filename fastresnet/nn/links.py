@@ -15,6 +15,9 @@ from ..ops import ConvGradients, Normalized
 from .batch_norm import has_hooks, is_transformed
 from .running_stats import Seen
 
+_LEAST_CHANNELS = 16  # fewer would fill the kernels' blocks with zeros
+_LARGEST_PATCH = 512  # values; kLargestPatch of csrc/cpu/conv_params.h
+
 
 class Link(NamedTuple):
     """A convolution and the batch norm behind it."""
@@ -180,6 +183,25 @@ def computed_dtype(link: Link, x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return link.conv.weight.dtype
+
+
+def under_autocast(link: Link, x: Tensor) -> Tensor:
+    """What autocast on the CPU hands to the convolution, of images, which have no gradient."""
+    device = x.device.type
+    if x.requires_grad or device != "cpu" or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(computed_dtype(link, x)) if is_standard(link) and ops.has_kernel(x) else x
+
+
+def fills_blocks(link: Link, x: Tensor, is_input: bool) -> bool:
+    """Whether the CPU's kernels have enough to do: channels or, where the link's input is ``x``,
+    patches of what has no gradient."""
+    conv = link.conv
+    if conv.in_channels >= _LEAST_CHANNELS:
+        return True
+    patch = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
+    is_plain_input = is_input and not x.requires_grad
+    return is_plain_input and conv.groups == conv.dilation[0] == 1 and patch <= _LARGEST_PATCH
 
 
 def channels_fit(links: Sequence[Link], x: Tensor) -> bool:

@@ -19,7 +19,7 @@ _POOLED = [nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
 class FusedSequential(Foldable, nn.Sequential):
     """An ``nn.Sequential`` that trains convolutions with batch norm and ReLU, and a max-pool behind
     them, on convolutions of our own, and runs any other ``nn.BatchNorm2d`` in one pass with an
-    ``nn.ReLU`` that follows it. In inference on CUDA the batch norm is folded into the convolution.
+    ``nn.ReLU`` that follows it. In inference the batch norm is folded into the convolution.
 
     The children stay torch's modules at their own indices: keys, hooks, indexing and slicing are
     those of ``nn.Sequential``.

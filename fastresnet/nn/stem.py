@@ -9,6 +9,7 @@ from .. import ops
 from ..ops import Normalized
 from .batch_norm import PendingBatchNorm, fused_call, has_hooks, is_relu
 from .chain import run_chain
+from .folding import run_folded
 from .join import Join
 from .links import runs_as_node
 from .windows import square_windows
@@ -33,6 +34,8 @@ def run_stem(
     """
     modules = [conv, bn, relu, pool]
     out, count, source = run_chain(modules, x)
+    if count == 0:
+        out, count = run_folded(modules, x)
     if count == 0:
         return pooled_stem(bn, relu, pool, conv(x))
     for module in modules[count:]:

@@ -24,7 +24,7 @@ from .conv import (
     launch_conv_stats,
 )
 from .conv_graph import Geometry
-from .conv_relu import conv_relu, has_conv_relu_kernel
+from .conv_relu import PackedWeight, conv_relu, has_conv_relu_kernel, launch_conv_relu
 from .max_pool import bn_relu_max_pool, has_max_pool_kernel
 from .reference import ConvGradients, Fork, Normalized
 from .warp import warp
@@ -35,6 +35,7 @@ __all__ = [
     "Fork",
     "Geometry",
     "Normalized",
+    "PackedWeight",
     "as_kernels_take",
     "bn",
     "bn_add_bn_relu",
@@ -55,6 +56,7 @@ __all__ = [
     "has_kernel",
     "has_max_pool_kernel",
     "launch_conv_bn_backward",
+    "launch_conv_relu",
     "launch_conv_stats",
     "reference",
     "reference_warp",

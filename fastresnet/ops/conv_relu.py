@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A convolution with bias, residual sum and ReLU as one pass, for inference: cuDNN's, by way of
-``aten::cudnn_convolution_relu`` and ``aten::cudnn_convolution_add_relu``.
+"""A convolution with bias, residual sum and ReLU as one pass, for inference: our own on the CPU; on
+CUDA cuDNN's, by way of ``aten::cudnn_convolution_relu`` and ``aten::cudnn_convolution_add_relu``.
 
-Neither has a gradient. Where :func:`has_conv_relu_kernel` is false the twin in
+None has a gradient. Where :func:`has_conv_relu_kernel` is false the twin in
 :mod:`fastresnet.ops.reference` runs, and differentiates.
 """
 
@@ -16,27 +16,75 @@ from torch import Tensor
 from .. import _extension
 from . import reference
 from .bn_act import KERNEL_DTYPES
+from .conv import has_conv_kernel
 
 _OPERATOR = "aten::cudnn_convolution_relu"
 _MOST_VALUES = 2**31  # of a tensor, as far as 32-bit offsets reach
+_MOST_STRIDE = 4  # kMaxStride of csrc/cpu/conv_params.h
 # What cuDNN had no engine for, so that it is asked once.
 _refused: set[tuple] = set()
 
 
-def has_conv_relu_kernel(x: Tensor, weight: Tensor, groups: int = 1) -> bool:
-    """Whether torch has the fused convolution for ``x`` and ``weight``.
+class PackedWeight:
+    """A convolution's weight times a factor for each output channel, as the CPU's kernel reads it:
+    in an order that depends on the input's size, made where such an input is first met and kept.
 
-    Both are float32, bfloat16 or float16 on one device, ``x`` [N, C, H, W] is dense in
-    channels_last, there is one group, and a pixel's channels, of input and output, are a multiple
-    of 16 bytes. Not where cuDNN is switched off, not where deterministic algorithms are asked for,
-    which these operators do not promise, and not where gradients are recorded.
+    weight: [K, C / groups, height, width]; not to be changed from then on.
+    scale: float32 [K]; None for ones.
     """
+
+    def __init__(self, weight: Tensor, scale: Tensor | None = None) -> None:
+        self.weight = weight
+        self.scale = scale
+        # By all that the choice of a method depends on; several sizes may share a tensor.
+        self._of_input: dict[tuple, Tensor] = {}
+        self._of_method: dict[tuple, Tensor] = {}
+
+    def scaled(self) -> Tensor:
+        """The weight times the scale."""
+        if self.scale is None:
+            return self.weight
+        return self.weight.float() * self.scale[:, None, None, None]
+
+    def for_input(self, x: Tensor, *geometry: int) -> Tensor:
+        """Float32 values, as ``fastresnet::conv_relu`` takes them with ``x`` and ``geometry``."""
+        key = (x.shape, x.dtype, torch.get_num_threads(), geometry)
+        packed = self._of_input.get(key)
+        if packed is None:
+            tile, by_places, patches = torch.ops.fastresnet.conv_method.default(
+                x, self.weight, *geometry, normalised=False, backward=False, wants_dx=False
+            )
+            # Place by place, what no place of the map meets is left out.
+            sides = x.shape[2:] if by_places else None
+            method = (tile, patches, sides, x.dtype, geometry)
+            packed = self._of_method.get(method)
+            if packed is None:
+                packed = torch.ops.fastresnet.conv_pack.default(x, self.scaled(), *geometry)
+                self._of_method[method] = packed
+            self._of_input[key] = packed
+        return packed
+
+
+def has_conv_relu_kernel(x: Tensor, weight: Tensor, groups: int = 1) -> bool:
+    """Whether there is a fused convolution for ``x`` and ``weight``; not where gradients are
+    recorded.
+
+    On the CPU what :func:`fastresnet.ops.has_conv_kernel` says. On CUDA: both are float32, bfloat16
+    or float16 on one device, ``x`` [N, C, H, W] is dense in channels_last, there is one group, and
+    a pixel's channels, of input and output, are a multiple of 16 bytes; not where cuDNN is switched
+    off, and not where deterministic algorithms are asked for, which its operators do not promise.
+    """
+    if torch.is_grad_enabled():
+        return False
+    return has_conv_kernel(x, weight, groups) or _has_cudnn_kernel(x, weight, groups)
+
+
+def _has_cudnn_kernel(x: Tensor, weight: Tensor, groups: int) -> bool:
     channels = 16 // x.element_size()
     return (
         groups == 1
         and _extension.takes(x.device)
         and _is_registered(x.device.type)
-        and not torch.is_grad_enabled()
         and not torch.are_deterministic_algorithms_enabled()
         and not torch.backends.cudnn.deterministic
         and x.dtype in KERNEL_DTYPES
@@ -53,10 +101,11 @@ def has_conv_relu_kernel(x: Tensor, weight: Tensor, groups: int = 1) -> bool:
 
 def conv_relu(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
     residual: Tensor | None = None,
     *,
+    relu: bool = True,
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
@@ -66,9 +115,11 @@ def conv_relu(
 
     Args:
         x: [N, C, H, W].
-        weight: [K, C / groups, height, width]; used in the dtype of ``x``, like ``bias``.
-        bias: [K].
+        weight: [K, C / groups, height, width]; used in the dtype of ``x``. A
+            :class:`PackedWeight` spares calls on the CPU its packing.
+        bias: [K]; None for zeros.
         residual: [N, K, H', W'] like the result, or None.
+        relu: whether there is a ReLU at the end.
         stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`, the first three
             for both dimensions.
 
@@ -77,13 +128,56 @@ def conv_relu(
         runs.
 
     Raises:
-        RuntimeError: shapes do not fit each other.
+        RuntimeError, ValueError: shapes do not fit each other.
     """
+    filters = weight.weight if isinstance(weight, PackedWeight) else weight
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    if not has_conv_relu_kernel(x, filters, groups) or stride > _MOST_STRIDE:
+        filters = weight.scaled() if isinstance(weight, PackedWeight) else weight
+        return reference.conv_relu(x, filters, bias, residual, relu=relu, **geometry)
+    if has_conv_kernel(x, filters, groups) and filters is weight:
+        weight = PackedWeight(filters)
+    return launch_conv_relu(x, weight, bias, residual, relu=relu, **geometry)
+
+
+def launch_conv_relu(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    relu: bool = True,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+) -> Tensor:
+    """:func:`conv_relu` of what :func:`has_conv_relu_kernel` was asked about before, ``weight``
+    packed where :func:`fastresnet.ops.has_conv_kernel` is true."""
+    geometry = (stride, padding, dilation, groups)
+    if not isinstance(weight, PackedWeight):
+        return _by_cudnn(x, weight, bias, residual, relu, *geometry)
+    packed = weight.for_input(x, *geometry)
+    size, bias = weight.weight.shape, None if bias is None else bias.float()
+    return torch.ops.fastresnet.conv_relu.default(x, packed, size, bias, residual, relu, *geometry)
+
+
+def _by_cudnn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+) -> Tensor:
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     case = (x.dtype, x.device, x.shape, weight.shape, *geometry.values(), residual is None)
-    if not has_conv_relu_kernel(x, weight, groups) or case in _refused:
-        return reference.conv_relu(x, weight, bias, residual, **geometry)
+    if not relu or case in _refused:
+        return reference.conv_relu(x, weight, bias, residual, relu=relu, **geometry)
     sizes = ([stride] * 2, [padding] * 2, [dilation] * 2, groups)
     try:
         if residual is None:
@@ -98,7 +192,7 @@ def conv_relu(
         warnings.warn(
             f"cuDNN has no engine for a {x.dtype} convolution of {tuple(x.shape)} with "
             f"{tuple(weight.shape)} and ReLU in one; it runs as two",
-            stacklevel=2,
+            stacklevel=4,
         )
         return reference.conv_relu(x, weight, bias, residual, **geometry)
 
@@ -110,3 +204,15 @@ def _is_registered(device_type: str) -> bool:
     ):
         return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(_OPERATOR, device_type.upper())
+
+
+if _extension.has_schemas:
+
+    @torch.library.register_fake("fastresnet::conv_relu")
+    def _(x, packed, weight_size, bias, residual, relu, stride, padding, dilation, groups):
+        size = [
+            (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for side, kernel in zip(x.shape[2:], weight_size[2:], strict=True)
+        ]
+        y = x.new_empty((x.shape[0], weight_size[0], *size))
+        return y.contiguous(memory_format=torch.channels_last)

@@ -215,18 +215,20 @@ def conv_stats(
 def conv_relu(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     residual: Tensor | None = None,
     *,
+    relu: bool = True,
     stride: int = 1,
     padding: int = 0,
     dilation: int = 1,
     groups: int = 1,
 ) -> Tensor:
-    """``relu(conv2d(x, weight, bias) + residual)``."""
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    """``relu(conv2d(x, weight, bias) + residual)``, or that without the ReLU."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return F.relu(y if residual is None else y + residual)
+    y = y if residual is None else y + residual
+    return F.relu(y) if relu else y
 
 
 def bn_sums(

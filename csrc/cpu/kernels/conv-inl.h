@@ -77,7 +77,10 @@ void conv_forward_of(const ConvForwardParams& p, const ConvBlock& block, float* 
   };
   // With the first tile of all blocks of channels.
   int64_t shifts_to_set = moments.first ? out_blocks.size() : 0;
+  const InferenceStore<T> store_inference{p};
   const auto store = [&](const Tile& tile, const Runs& runs) {
+    if (p.inference)
+      return store_inference(tile, runs, stored_next(tile, runs, out_blocks, s.out_channels));
     store_output(tile, runs, shifts_to_set > 0);
     shifts_to_set -= tile.blocks;
   };
@@ -221,14 +224,8 @@ void conv_input_gradient_of(const ConvBackwardParams& p, const ConvBlock& block,
       return {gradients.lines + panel * gradients.panel_stride,
               weight + (c - in_blocks.begin) * count * tap_block};
     };
-    const int64_t end = in_blocks.end * kChannelBlock;
     const auto store = [&](const Tile& tile, const Runs& runs) {
-      // The next channels of the same pixels, then the first ones of those that follow.
-      const int64_t next = tile.first + tile.blocks * kChannelBlock;
-      const int64_t ahead = next < end ? next - tile.first
-                                       : runs.pixels() * plan.shape.channels +
-                                             in_blocks.begin * kChannelBlock - tile.first;
-      store_gradient(tile, runs, ahead);
+      store_gradient(tile, runs, stored_next(tile, runs, in_blocks, plan.shape.channels));
     };
     const Source to = source_of_phase(plan, phase);
     if (plan.by_places)
@@ -324,7 +321,7 @@ void conv_pack(const ConvWeight& weight, const ConvPlan& plan, DType dtype, bool
     for_dtype(weight.dtype, [&](auto weight_zero) {
       using W = decltype(weight_zero);
       if constexpr (tile == 1)
-        conv_pack_of<Element<T>, W>(weight, plan, transposed, column_block, packed);
+        conv_pack_of<Element<T>, T, W>(weight, plan, transposed, column_block, packed);
       else
         winograd_pack<tile, T, W>(weight, plan, transposed, column_block, packed);
     });

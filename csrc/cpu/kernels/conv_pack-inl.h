@@ -28,21 +28,23 @@ inline void load_weights(const ConvWeight& weight, const ConvShape& s, int64_t n
 }
 
 // One chunk of the lines of a column block and tap: [16 elements from the channel `from` on][32
-// columns from `column` on].
-template <class E, class W>
+// columns from `column` on], rounded as values of T.
+template <class E, class T, class W>
 inline void pack_chunk(const ConvWeight& weight, const ConvShape& s, bool transposed,
                        int64_t column, int64_t from, int64_t tap_offset, float* packed) {
   constexpr int64_t kRowsAhead = 16, kChannelsAhead = 128;
   float values[2][kChannelBlock];
+  const auto at = [&](int64_t row, int64_t i) {
+    const T* as_used = nullptr;
+    return rounded(as_used, load(values[row] + i, Full{}));
+  };
   if (transposed) {
     for (int64_t k = 0; k < kLine; ++k) {
       for (int64_t i = 0; i < E::kDepth; ++i)
         load_weights<W>(weight, s, from + k * E::kDepth + i, column, kChannelBlock, tap_offset,
                         kRowsAhead * weight.strides[0], values[i]);
       for (int64_t i = 0; i < kChannelBlock; i += kWidth)
-        store(packed + k * kChannelBlock + i,
-              E::element(load(values[0] + i, Full{}), load(values[E::kDepth - 1] + i, Full{})),
-              Full{});
+        store(packed + k * kChannelBlock + i, E::element(at(0, i), at(E::kDepth - 1, i)), Full{});
     }
     return;
   }
@@ -52,13 +54,13 @@ inline void pack_chunk(const ConvWeight& weight, const ConvShape& s, bool transp
       load_weights<W>(weight, s, column + half + i, from, kLineChannels<E>, tap_offset,
                       kChannelsAhead, values[0]);
       for (int64_t c = 0; c < kLineChannels<E>; c += kWidth)
-        E::store_values(lines + i * kLine, c, load(values[0] + c, Full{}));
+        E::store_values(lines + i * kLine, c, at(0, c));
     }
     transpose(lines, kLine, packed + half, kChannelBlock);
   }
 }
 
-template <class E, class W>
+template <class E, class T, class W>
 void conv_pack_of(const ConvWeight& weight, const ConvPlan& plan, bool transposed, int64_t block,
                   float* packed) {
   const ConvShape& s = plan.shape;
@@ -70,8 +72,8 @@ void conv_pack_of(const ConvWeight& weight, const ConvPlan& plan, bool transpose
     if (plan.by_places && plan.places_met(t) == 0) return;  // never read
     const int64_t offset = t.weight / s.kernel_width * weight.strides[2] +
                            t.weight % s.kernel_width * weight.strides[3];
-    pack_chunk<E, W>(weight, s, transposed, column, row + chunk * kLineChannels<E>, offset,
-                     packed + (tap * chunks + chunk) * kLine * kChannelBlock);
+    pack_chunk<E, T, W>(weight, s, transposed, column, row + chunk * kLineChannels<E>, offset,
+                        packed + (tap * chunks + chunk) * kLine * kChannelBlock);
   };
   // In the order in which they lie in memory: channels of a tap, or taps of a channel, next to each
   // other.

@@ -247,6 +247,60 @@ struct OutputStore {
   }
 };
 
+// y in inference.
+template <class T>
+struct InferenceStore {
+  const ConvForwardParams& p;
+
+  // ahead: how far behind each value of the residual lies the one to ask for.
+  void operator()(const Tile& tile, const Runs& runs, int64_t ahead) const {
+    if (p.residual)
+      store_tile<true>(tile, runs, ahead);
+    else
+      store_tile<false>(tile, runs, ahead);
+  }
+
+ private:
+  template <bool added>
+  void store_tile(const Tile& tile, const Runs& runs, int64_t ahead) const {
+    const int64_t channels = p.plan->shape.out_channels;
+    const T* residual = static_cast<const T*>(p.residual);
+    const bool past_caches = p.past_caches, relu_wanted = p.relu;
+    T* y = static_cast<T*>(p.y);
+    for_tile_vectors(tile, channels, [&](int64_t c, auto count, auto part, const float* products) {
+      constexpr int kVecs = count;
+      Vec bias[kVecs];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v)
+        bias[v] = p.bias ? load(p.bias + c + v * kWidth, part) : broadcast(0.0f);
+      for (const Run& run : runs)
+        for (int64_t r = 0; r < run.count; ++r) {
+          const float* row = products + (run.begin + r) * kChannelBlock;
+          const int64_t at = (run.pixel + r * run.step) * channels + c;
+          if constexpr (added) prefetch_values(residual + at + ahead, kVecs * kWidth);
+          Vec values[kVecs];
+#pragma GCC unroll 4
+          for (int v = 0; v < kVecs; ++v) {
+            Vec value = load(row + Tile::vector(v), Full{}) + bias[v];
+            if constexpr (added) value = value + load(residual + at + v * kWidth, part);
+            values[v] = relu_wanted ? relu(value) : value;
+          }
+          store_values(y + at, values, part, past_caches);
+        }
+    });
+  }
+};
+
+// How far behind a tile's pixels lie those that are stored next: the next channels of the same
+// ones, or the first of the blocks' channels of the pixels that follow.
+inline int64_t stored_next(const Tile& tile, const Runs& runs, Range channel_blocks,
+                           int64_t channels) {
+  const int64_t next = tile.first + tile.blocks * kChannelBlock;
+  return next < channel_blocks.end * kChannelBlock
+             ? next - tile.first
+             : runs.pixels() * channels + channel_blocks.begin * kChannelBlock - tile.first;
+}
+
 // dx, with what the layer in front wants of it.
 template <class T>
 struct InputGradientStore {

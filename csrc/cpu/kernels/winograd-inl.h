@@ -209,8 +209,12 @@ void winograd_forward(const ConvForwardParams& p, const ConvBlock& block, float*
   Layout layout(memory);
   const Positions staged(layout, plan, s.channels);
   const OutputStore<T> store_output{static_cast<T*>(p.y), s.out_channels, p.past_caches, moments};
+  const InferenceStore<T> store_inference{p};
   for_winograd_products<tile>(plan, block, rows, staged, false, weight, out_blocks,
                               [&](const Tile& pixels, const Runs& runs, bool first) {
+                                if (p.inference)
+                                  return store_inference(pixels, runs,
+                                                         runs.pixels() * s.out_channels);
                                 store_output(pixels, runs, first && moments.first);
                               });
   finish_streams();
@@ -305,15 +309,12 @@ void winograd_pack(const ConvWeight& weight, const ConvPlan& plan, bool transpos
   for (int64_t chunk = 0; chunk < chunks; ++chunk, packed += kChunk) {
     alignas(64) float taps[9][kChunk];
     for (int64_t tap = 0; tap < 9; ++tap)
-      pack_chunk<Single, W>(weight, s, transposed, block * kChannelBlock, chunk * kLine,
-                            tap / 3 * weight.strides[2] + tap % 3 * weight.strides[3],
-                            taps[transposed ? 8 - tap : tap]);
+      pack_chunk<Single, T, W>(weight, s, transposed, block * kChannelBlock, chunk * kLine,
+                               tap / 3 * weight.strides[2] + tap % 3 * weight.strides[3],
+                               taps[transposed ? 8 - tap : tap]);
     for (int64_t at = 0; at < kChunk; at += kWidth)
       transform<3, kSide>([](const auto& in, auto& out) { Winograd<tile>::weight(in, out); },
-                          [&](int i, int j) {
-                            const T* as_used = nullptr;
-                            return rounded(as_used, load(taps[i * 3 + j] + at, Full{}));
-                          },
+                          [&](int i, int j) { return load(taps[i * 3 + j] + at, Full{}); },
                           [&](int i, int j, Vec value) {
                             store(packed + (i * kSide + j) * position_stride + at, value, Full{});
                           });
