@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test may rely on: fixed random numbers that do not leak from one test to the next, and
-no test that passes because there was nothing to run on."""
+"""What every test may rely on: fixed random numbers, and a number of threads, that do not leak from
+one test to the next, and no test that passes because there was nothing to run on."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ def _fixed_random_numbers():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _same_number_of_threads():
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@
 // An Element says what a line holds (values of kDepth channels an element) and how its products are
 // computed. kRowStep: rows of a product
 // come in so many, the last ones read and written though not wanted. kOuterStep: so do the lines of
-// an outer product, zeros behind the last. kJoinedWidth: narrower rows of an image are multiplied
-// together with the padding between them. kMinimalFiltering: whether a 3x3 convolution is better
-// done by winograd-inl.h.
+// an outer product, zeros behind the last; kOuterLines: lines of one sum. kJoinedWidth: narrower
+// rows of an image are multiplied together with the padding between them. kMinimalFiltering:
+// whether a 3x3 convolution is better done by winograd-inl.h.
 
 constexpr int64_t kLine = 16;
 
@@ -27,6 +27,7 @@ constexpr int kOuterRows = kManyRegisters ? 8 : 4;
 struct OnVectors {
   static constexpr int64_t kRowStep = 1;
   static constexpr int64_t kOuterStep = 1;
+  static constexpr int64_t kOuterLines = 128;
   static constexpr int64_t kJoinedWidth = kProductRows / 2;
   static constexpr bool kMinimalFiltering = true;
 
@@ -231,7 +232,7 @@ inline void outer_product(const Lines& a, const Lines& b, int64_t count, bool ad
 }
 
 // The same of many lines, of which one sum would lose more bits than a sum of sums does.
-template <class Element, int64_t kLines = 256>
+template <class Element, int64_t kLines = Element::kOuterLines>
 inline void long_outer_product(Lines a, Lines b, int64_t count, bool add, float* c) {
   for (int64_t first = 0; first < count; first += kLines) {
     outer_product<Element>(a, b, std::min(kLines, count - first), add || first > 0, c);

@@ -12,6 +12,7 @@ constexpr int64_t kColumnBytes = kChannelBlock * sizeof(float);  // the same in 
 struct TilePair : Pair {
   static constexpr int64_t kRowStep = kAmxRows;
   static constexpr int64_t kOuterStep = kAmxRows;
+  static constexpr int64_t kOuterLines = 256;  // each sum costs loads and stores of four tiles
   static constexpr int64_t kJoinedWidth = std::numeric_limits<int64_t>::max();
   static constexpr bool kMinimalFiltering = false;  // tiles multiply more than four times as fast
 
