@@ -13,6 +13,7 @@ their random crops and flips, and there is one run of each: a time may be an epo
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -239,7 +240,7 @@ def trainings(recipe: Recipe, train: ImageSet, test: ImageSet, *, classes: int) 
 
 @torch.no_grad()
 def check(peer: Training, ours: Training) -> dict[str, dict[str, float]]:
-    """Compares test images at every size, and the logits of a batch with the peer's in float32;
+    """Compares test images at every size, and the logits of a batch with the peer's in float64;
     returns the logits' errors by provider.
 
     Raises:
@@ -258,7 +259,7 @@ def check(peer: Training, ours: Training) -> dict[str, dict[str, float]]:
         apart = ((theirs - images).abs() * levels).mean().item()
         if not torch.equal(batches[0][1], labels) or apart > GREY_LEVELS:
             raise ValueError(f"at {size} px test images are {apart:.2f} grey levels apart")
-    truth = {"logits": peer.model.eval()(images)}
+    truth = {"logits": copy.deepcopy(peer.model).double().eval()(images.double())}
     errors = {}
     for training in (peer, ours):
         with training.autocast():
@@ -267,7 +268,7 @@ def check(peer: Training, ours: Training) -> dict[str, dict[str, float]]:
     got, allowed = (errors[training.name]["logits"] for training in (ours, peer))
     rounding = torch.finfo(torch.bfloat16 if ours._amp else torch.float32).eps
     if not got <= ERROR_RATIO * max(allowed, rounding):
-        raise ValueError(f"our logits are {got:.2e} from float32, the peer's {allowed:.2e}")
+        raise ValueError(f"our logits are {got:.2e} from float64, the peer's {allowed:.2e}")
     return errors
 
 

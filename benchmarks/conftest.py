@@ -18,7 +18,7 @@ from roofline import Roofline, measure
 
 OPT_IN = {
     "all_shapes": "the convolutions of every network, size and batch, in both dtypes",
-    "scaling": "training steps of every factory and along batch, side and threads",
+    "scaling": "training steps and inferences of every factory and along batch, side and threads",
     "time_to_accuracy": "trainings of a ResNet-18 until it knows clothes",
 }
 

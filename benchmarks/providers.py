@@ -15,6 +15,7 @@ from fastresnet import models, optim
 
 CLASSES = 1000
 CIFAR_CLASSES = 10
+STATISTICS_BATCHES, STATISTICS_BATCH = 2, 8
 
 FACTORIES = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
@@ -111,4 +112,24 @@ def initial_weights(architecture: str) -> dict[str, torch.Tensor]:
         if isinstance(block, (BasicBlock, Bottleneck)):
             last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
             nn.init.constant_(last.weight, 0.1)
+    return model.state_dict()
+
+
+@torch.no_grad()
+def weights_in_use(architecture: str, side: int) -> dict[str, torch.Tensor]:
+    """The initial weights, and batch norms with the statistics of their inputs; the same each time.
+
+    Zeros and ones, which they begin with, make a batch norm the identity in evaluation mode: one
+    that was folded wrongly, or left out, would pass the check.
+
+    side: of the random images that the statistics are of.
+    """
+    model = build(torchvision.models, architecture)
+    model.load_state_dict(initial_weights(architecture))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the mean over the batches, without the zeros and ones
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(STATISTICS_BATCHES):
+        model(torch.randn(STATISTICS_BATCH, 3, side, side, generator=generator))
     return model.state_dict()

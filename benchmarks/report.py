@@ -25,6 +25,10 @@ SUITES = {
         "processor's family is named, each has its fastest SGD: ours fastresnet.optim's, torch's "
         "in channels_last that by foreach. Earlier rows are with torch's fused SGD for all."
     ),
+    "inference": (
+        "Inference: images in, logits out; higher is better. torch.compile with frozen weights; "
+        "OpenVINO and ONNX Runtime fail where they are not installed."
+    ),
     "train_memory": (
         "Peak memory of a training step above the idle state, model and optimiser's state being "
         "there; lower is better."
@@ -52,6 +56,7 @@ SUITES = {
         "How a training step grows with network, batch, side and threads; SGD as in the training "
         "steps above."
     ),
+    "inference_scaling": "How an inference grows with network, batch and side.",
     "time_to_accuracy": (
         "Seconds of training until the test images are known that well, ours and torchvision's "
         "ResNet-18 each on its own loader, in turn epoch by epoch; lower is better. Fashion-MNIST "
@@ -59,8 +64,14 @@ SUITES = {
     ),
     "operators": "Each fused operator, forward and backward; higher is better.",
 }
-IN_README = ("train_step", "train_memory", "conv_layers", "data", "time_to_accuracy")
-PLOTTED = ("train_step", "train_memory", "conv_layers")
+IN_README = ("train_step", "inference", "train_memory", "conv_layers", "data", "time_to_accuracy")
+# What the bars of a suite's plot show.
+PLOTTED = {
+    "train_step": "speed of a training step, best peer = 1",
+    "inference": "speed of an inference, best peer = 1",
+    "train_memory": "memory of a training step, best peer = 1",
+    "conv_layers": "speed of the convolutions, the floor = 1",
+}
 PAGE_INTRODUCTION = (
     "Written by `benchmarks/report.py` from the measurements in `benchmarks/results/`: the latest "
     "of each case on each machine, losing rows included. Speeds: providers run in turn in one "
@@ -318,13 +329,12 @@ def plot(suite: str, results: list[Result]) -> Path | None:
     shown = [result for result in results if result.ratio is not None]
     if not shown:
         return None
-    what = "memory" if shown[0].lower_is_better else "speed"
     bars = {"fastresnet": [result.ratio for result in shown]}
     context = [relative(result, "context") for result in shown]
     if any(context):
         bars["stock torchvision"] = context
     labels = [result.first["case"] for result in shown]
-    return draw(suite, labels, bars, f"{what} of a training step, best peer = 1")
+    return draw(suite, labels, bars)
 
 
 def plot_layers(results: list[Result]) -> Path | None:
@@ -337,10 +347,10 @@ def plot_layers(results: list[Result]) -> Path | None:
         for name, role in (("fastresnet", "ours"), ("torch", "baseline"))
     }
     labels = [f"{total.network}, {total.mode}" for total in totals]
-    return draw("conv_layers", labels, bars, "speed of the convolutions, the floor = 1")
+    return draw("conv_layers", labels, bars)
 
 
-def draw(suite: str, labels: list[str], bars: dict[str, list[float]], axis: str) -> Path:
+def draw(suite: str, labels: list[str], bars: dict[str, list[float]]) -> Path:
     """Horizontal bars, a group for each label; the first of a group is ours."""
     import matplotlib
 
@@ -356,7 +366,7 @@ def draw(suite: str, labels: list[str], bars: dict[str, list[float]], axis: str)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
-    axes.set_xlabel(axis)
+    axes.set_xlabel(PLOTTED[suite])
     figure.legend(loc="outside upper center", ncols=3, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     path = RESULTS / f"{suite}.png"

@@ -12,16 +12,19 @@ from pathlib import Path
 
 import bench_conv_layers
 import bench_data
+import bench_inference
 import bench_time_to_accuracy
 import bench_train_memory
 import bench_train_step
+import clocks
 import harness
 import pytest
 import report
+import runtimes
 import torch
 from bench_conv_layers import Torch, TorchConvolution
 from layers import POSITIONS, Layer, conv_layers
-from providers import MODEL_PROVIDERS, initial_weights
+from providers import MODEL_PROVIDERS, initial_weights, weights_in_use
 from roofline import Peak, Roofline, measure
 
 from fastresnet.data import ImageSet
@@ -242,6 +245,93 @@ def test_scaling_covers_factories_and_axes() -> None:
     assert torch.get_num_threads() == before
 
 
+def test_cases_of_inference() -> None:
+    scaling = bench_inference.scaling_cases()
+    names = [case.name for case in (*bench_inference.CASES, *scaling)]
+    assert len(set(names)) == len(names)
+    assert {case.architecture for case in scaling} == set(bench_inference.FACTORIES)
+    assert {case.batch for case in scaling} == {1, 2, 4, 8, 16, 32, 64}
+    assert {case.dtype for case in scaling} == {"bfloat16", "float32"}
+
+
+def inferences(
+    dtype: str, others: tuple[runtimes.Runtime, ...] = runtimes.RUNTIMES
+) -> harness.Comparison:
+    """Of a tiny network, without what compiles for long."""
+    return bench_inference.compare(
+        bench_train_step.Case("cifar_resnet18", 8, 4, dtype),
+        "inference",
+        providers=tuple(p for p in bench_inference.PROVIDERS if not p.compiled),
+        runtimes=others,
+        clock=clocks.host_clock,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_provider_of_an_inference_computes_the_same(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = {"OpenVINO": "openvino", "ONNX Runtime": "onnx"}
+    if dtype == "bfloat16":
+        del packages["ONNX Runtime"]
+    for package in packages.values():
+        monkeypatch.setitem(sys.modules, package, None)
+    rows = {row.provider: row for row in timed(inferences(dtype), rounds=1)}
+    assert rows.keys() - packages.keys() == {
+        *("torchvision", "fastresnet", "stock torchvision", harness.SAME_AGAIN)
+    }
+    for name, row in rows.items():
+        if name in packages:
+            assert row.role == "peer"
+            assert row.status.startswith("failed: ModuleNotFoundError: ")
+            assert packages[name] in row.status
+        else:
+            assert row.status == "ok"
+            assert row.p50 > 0
+
+
+@pytest.mark.parametrize("runtime", runtimes.RUNTIMES, ids=lambda runtime: runtime.name)
+def test_other_runtimes_compute_the_same(runtime: runtimes.Runtime) -> None:
+    for package in ("openvino",) if runtime.name == "OpenVINO" else ("onnx", "onnxruntime"):
+        pytest.importorskip(package)
+        assert package in runtimes.versions()
+    *_, found = inferences("float32", (runtime,)).providers
+    assert (found.name, found.status) == (runtime.name, "ok")
+
+
+def test_weights_in_use_have_statistics() -> None:
+    weights, again = (weights_in_use("cifar_resnet18", side=8) for _ in range(2))
+    assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
+    assert weights.keys() == initial_weights("cifar_resnet18").keys()
+    means = torch.cat([w for name, w in weights.items() if name.endswith("running_mean")])
+    deviations = torch.cat([w for name, w in weights.items() if name.endswith("running_var")])
+    assert means.unique().numel() > 0.99 * means.numel()
+    assert ((deviations - 1).abs() > 0.01).float().mean() > 0.9
+
+
+def test_a_turn_begins_with_a_pause_and_an_untimed_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Time:
+        def __init__(self) -> None:
+            self.now, self.slept, self.steps = 0.0, [], 0
+
+        def sleep(self, seconds: float) -> None:
+            assert self.steps == 0
+            self.slept.append(seconds)
+
+        def perf_counter(self) -> float:
+            return self.now
+
+        def step(self) -> None:
+            self.steps += 1
+            self.now += 0.5 if self.steps > 1 else 100.0
+
+    for least, steps in ((1.75, 4), (0.0, 1)):
+        time = Time()
+        monkeypatch.setattr(clocks, "time", time)
+        assert clocks.TurnClock(pause=0.25, least=least)(time.step) == 0.5
+        assert (time.slept, time.steps) == ([0.25], 1 + steps)
+
+
 def test_roofline_is_the_best_of_what_was_tried() -> None:
     roofline = measure(sides=(64, 128), stream_bytes=1 << 20, repeats=1)
     assert roofline.multiply["bfloat16"].rate >= roofline.multiply["float32"].rate > 0
@@ -312,6 +402,8 @@ def test_report_of_every_suite(
     slow._same_again = [1.0, 1.0]
     rows = slow.rows()
     harness.append(rows)
+    slow.suite = "inference"
+    harness.append(slow.rows())
     # A suite that has no plot.
     slow.suite = "data"
     harness.append(slow.rows())
@@ -338,7 +430,8 @@ def test_report_of_every_suite(
     assert "float32 50 GFLOP/s (torch.mm), 10.0 GB/s (copy)" in page
     assert "(benchmarks/results/conv_layers.png)" in readme
     assert "(../benchmarks/results/conv_layers.png)" in page
-    assert {p.stem for p in results.glob("*.png")} == {"train_step", "train_memory", "conv_layers"}
+    assert {p.stem for p in results.glob("*.png")} == set(report.PLOTTED)
+    assert report.SUITES["inference"] in readme
     assert path.name.startswith("conv_layers-")
 
     capsys.readouterr()
