@@ -87,8 +87,8 @@ STABLE_TORCH_LIBRARY(fastresnet, m) {
       "Tensor? addend, Tensor? addend_mask, int stride, int padding, int dilation, int groups, "
       "bool wants_dx) "
       "-> (Tensor dx, Tensor dweight, Tensor dbn_weight, Tensor dbn_bias, Tensor x_sums)");
-  // How conv_stats and conv_relu or conv_bn_backward compute: outputs a side together (1: by the sum
-  // over taps), whether planes hold place after place, and whether pixels are patches.
+  // How conv_stats and conv_relu or conv_bn_backward compute: outputs a side together (1: by the
+  // sum over taps), whether planes hold place after place, and whether pixels are patches.
   m.def(
       "conv_method(Tensor x, Tensor weight, int stride, int padding, int dilation, int groups, "
       "bool normalised, bool backward, bool wants_dx) "
