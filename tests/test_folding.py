@@ -279,6 +279,17 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.fastresnet.conv_relu.default, arguments)
 
 
+@torch.no_grad()
+def test_cudnn_takes_packed_weights_and_any_stride(by_cudnn: list[str]) -> None:
+    x, weight, scale = channels_last(2, 8, 11, 11), channels_last(8, 8, 3, 3), torch.rand(8) + 0.5
+    packed = ops.PackedWeight(weight, scale)
+    bias = torch.randn(8)
+    found = ops.conv_relu(x, packed, bias, stride=5)
+    expected = reference.conv_relu(x, packed.scaled(), bias, stride=5)
+    torch.testing.assert_close(found, expected)
+    assert by_cudnn == ["relu"]
+
+
 def test_without_the_operators_nothing_is_folded(
     block: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,9 +147,8 @@ def can_fold(link: Link, x: Tensor) -> bool:
     return (
         is_standard(link)
         and not link.uses_batch
-        and conv.stride[0] <= 4
         and bn.weight.device == x.device
-        and ops.has_conv_relu_kernel(x, conv.weight, conv.groups)
+        and ops.has_conv_relu_kernel(x, conv.weight, conv.groups, conv.stride[0])
         and x.dtype == computed_dtype(link, x)
     )
 
@@ -186,7 +185,8 @@ def fold(link: Link, projection: Link | None, x: Tensor) -> Fold:
 
 def _is_ours(link: Link, x: Tensor) -> bool:
     """Whether the convolution is our own, which takes float32 weights and biases in any dtype."""
-    return ops.has_conv_kernel(x, link.conv.weight, link.conv.groups)
+    conv = link.conv
+    return ops.has_conv_kernel(x, conv.weight, conv.groups, conv.stride[0])
 
 
 def _tensors(link: Link) -> tuple[Tensor | None, ...]:

@@ -151,9 +151,8 @@ def is_plain(link: Link, x: Tensor) -> bool:
     conv, bn = link
     return (
         is_standard(link)
-        and conv.stride[0] <= 4
         and bn.weight.device == x.device
-        and ops.has_conv_kernel(x, conv.weight, conv.groups)
+        and ops.has_conv_kernel(x, conv.weight, conv.groups, conv.stride[0])
         and x.dtype == computed_dtype(link, x)
     )
 

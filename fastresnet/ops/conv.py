@@ -12,6 +12,8 @@ statistics are those of :mod:`fastresnet.ops.conv_graph`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,17 +30,19 @@ _LEVEL_DTYPES = dict.fromkeys(
 
 
 _CHANNEL_BLOCK = 32  # what the kernels compute at a time
+_MOST_STRIDE = 4  # kMaxStride of csrc/cpu/conv_params.h
 
 
-def has_conv_kernel(x: Tensor, weight: Tensor, groups: int = 1) -> bool:
+def has_conv_kernel(x: Tensor, weight: Tensor, groups: int = 1, stride: int = 1) -> bool:
     """Whether the compiled convolutions take ``x`` and ``weight``, and are meant for this
     processor: a CPU tensor that :func:`fastresnet.ops.has_kernel` accepts, ``weight`` of float32,
-    bfloat16 or float16, and, if there are several groups, as many output as input channels, by
-    groups of 1, 2, 4, 8, 16, 32 or a multiple of 32."""
+    bfloat16 or float16, a stride of 4 at most and, if there are several groups, as many output as
+    input channels, by groups of 1, 2, 4, 8, 16, 32 or a multiple of 32."""
     width = weight.shape[1]
     return (
         (groups == 1 or weight.shape[0] == width * groups)
         and (groups == 1 or width % _CHANNEL_BLOCK == 0 or _CHANNEL_BLOCK % width == 0)
+        and stride <= _MOST_STRIDE
         and x.device.type == "cpu"
         and has_kernel(x)
         and weight.device == x.device
@@ -207,17 +211,25 @@ def _prologue(bn: Normalized | None) -> tuple:
     return bn.mean, bn.var, bn.weight, bn.bias, bn.eps
 
 
+def empty_output(
+    x: Tensor, weight_size: Sequence[int], stride: int, padding: int, dilation: int
+) -> Tensor:
+    """An uninitialised tensor like the output of a convolution of ``x``, in channels_last."""
+    size = [
+        (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for side, kernel in zip(x.shape[2:], weight_size[2:], strict=True)
+    ]
+    y = x.new_empty((x.shape[0], weight_size[0], *size))
+    return y.contiguous(memory_format=torch.channels_last)
+
+
 if _extension.has_schemas:
 
     @torch.library.register_fake("fastresnet::conv_stats")
     def _(x, x_mean, x_var, x_weight, x_bias, x_eps, weight, stride, padding, dilation, *_):
-        size = [
-            (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for side, kernel in zip(x.shape[2:], weight.shape[2:], strict=True)
-        ]
-        y = x.new_empty((x.shape[0], weight.shape[0], *size))
         mean = x.new_empty(weight.shape[0], dtype=torch.float32)
-        return y.contiguous(memory_format=torch.channels_last), mean, torch.empty_like(mean)
+        y = empty_output(x, weight.shape, stride, padding, dilation)
+        return y, mean, torch.empty_like(mean)
 
     @torch.library.register_fake("fastresnet::bn_sums")
     def _(grad, mask, x, mean, residual, residual_mean):

@@ -16,11 +16,10 @@ from torch import Tensor
 from .. import _extension
 from . import reference
 from .bn_act import KERNEL_DTYPES
-from .conv import has_conv_kernel
+from .conv import empty_output, has_conv_kernel
 
 _OPERATOR = "aten::cudnn_convolution_relu"
 _MOST_VALUES = 2**31  # of a tensor, as far as 32-bit offsets reach
-_MOST_STRIDE = 4  # kMaxStride of csrc/cpu/conv_params.h
 # What cuDNN had no engine for, so that it is asked once.
 _refused: set[tuple] = set()
 
@@ -65,7 +64,7 @@ class PackedWeight:
         return packed
 
 
-def has_conv_relu_kernel(x: Tensor, weight: Tensor, groups: int = 1) -> bool:
+def has_conv_relu_kernel(x: Tensor, weight: Tensor, groups: int = 1, stride: int = 1) -> bool:
     """Whether there is a fused convolution for ``x`` and ``weight``; not where gradients are
     recorded.
 
@@ -76,7 +75,7 @@ def has_conv_relu_kernel(x: Tensor, weight: Tensor, groups: int = 1) -> bool:
     """
     if torch.is_grad_enabled():
         return False
-    return has_conv_kernel(x, weight, groups) or _has_cudnn_kernel(x, weight, groups)
+    return has_conv_kernel(x, weight, groups, stride) or _has_cudnn_kernel(x, weight, groups)
 
 
 def _has_cudnn_kernel(x: Tensor, weight: Tensor, groups: int) -> bool:
@@ -130,14 +129,14 @@ def conv_relu(
     Raises:
         RuntimeError, ValueError: shapes do not fit each other.
     """
-    filters = weight.weight if isinstance(weight, PackedWeight) else weight
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    if not has_conv_relu_kernel(x, filters, groups) or stride > _MOST_STRIDE:
-        filters = weight.scaled() if isinstance(weight, PackedWeight) else weight
-        return reference.conv_relu(x, filters, bias, residual, relu=relu, **geometry)
-    if has_conv_kernel(x, filters, groups) and filters is weight:
-        weight = PackedWeight(filters)
-    return launch_conv_relu(x, weight, bias, residual, relu=relu, **geometry)
+    packed = weight if isinstance(weight, PackedWeight) else PackedWeight(weight)
+    if not has_conv_relu_kernel(x, packed.weight, groups, stride):
+        return reference.conv_relu(x, packed.scaled(), bias, residual, relu=relu, **geometry)
+    ours = has_conv_kernel(x, packed.weight, groups, stride)
+    return launch_conv_relu(
+        x, packed if ours else packed.scaled(), bias, residual, relu=relu, **geometry
+    )
 
 
 def launch_conv_relu(
@@ -210,9 +209,4 @@ if _extension.has_schemas:
 
     @torch.library.register_fake("fastresnet::conv_relu")
     def _(x, packed, weight_size, bias, residual, relu, stride, padding, dilation, groups):
-        size = [
-            (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-            for side, kernel in zip(x.shape[2:], weight_size[2:], strict=True)
-        ]
-        y = x.new_empty((x.shape[0], weight_size[0], *size))
-        return y.contiguous(memory_format=torch.channels_last)
+        return empty_output(x, weight_size, stride, padding, dilation)
