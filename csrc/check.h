@@ -115,4 +115,15 @@ inline void check_pooled(const char* op, const char* name, const Tensor& t, cons
   check(t.device() == x.device(), op, ": expected ", name, " and x on one device");
 }
 
+// grad of averages over images of so many pixels: [N, C, 1, 1].
+inline AvgPoolShape check_averages(const char* op, const Tensor& grad, int64_t height,
+                                   int64_t width) {
+  check_input(op, grad, "grad");
+  check(grad.size(2) == 1 && grad.size(3) == 1, op, ": expected grad of shape [N, C, 1, 1], got ",
+        shape(grad));
+  check(height >= 1 && width >= 1, op, ": expected height and width of 1 or more, got ", height,
+        " and ", width);
+  return {grad.size(0), height, width, grad.size(1)};
+}
+
 }  // namespace fastresnet

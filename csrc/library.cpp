@@ -75,6 +75,10 @@ STABLE_TORCH_LIBRARY(fastresnet, m) {
       "Tensor weight, int kernel_size, int stride, int padding, float eps, bool training) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias)");
 
+  // Averages over whole images, [N, C, 1, 1].
+  m.def("global_avg_pool(Tensor x) -> Tensor");
+  m.def("global_avg_pool_backward(Tensor grad, int height, int width) -> Tensor");
+
   // x_mean, x_var, x_weight, x_bias: the convolution's input is relu(bn(x)) rather than x.
   m.def(
       "conv_stats(Tensor x, Tensor? x_mean, Tensor? x_var, Tensor? x_weight, Tensor? x_bias, "

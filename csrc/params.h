@@ -36,6 +36,11 @@ struct PoolShape {
   int64_t kernel, stride, padding;
 };
 
+// Averages over whole images.
+struct AvgPoolShape {
+  int64_t batch, height, width, channels;
+};
+
 struct BnForwardParams {
   const void* x;                // [rows, channels]
   const float* scale;           // [channels]

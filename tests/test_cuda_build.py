@@ -23,6 +23,7 @@ FORKS = ["bn_add_relu_fork_backward", "bn_add_bn_relu_fork_backward"]
 OF_SUMS = ["bn_stats_of_sums", "bn_scale", "bn_backward_of_sums", "bn_add_bn_backward_of_sums"]
 GRAPHS = ["conv_sums", "conv_dgrad_add", "bn_relu_conv_dgrad", "bn_add_relu_conv_dgrad"]
 POOLED = ["bn_relu_max_pool", "bn_relu_max_pool_backward"]
+POOLED += ["global_avg_pool", "global_avg_pool_backward"]
 OPERATORS = ["bn_stats", *FORMS, *(f"{form}_backward" for form in FORMS), *FORKS, *POOLED]
 OPERATORS += [*OF_SUMS, *GRAPHS]
 KERNELS = {  # how many forms of each; every form in three dtypes, packed and not
@@ -33,8 +34,12 @@ KERNELS = {  # how many forms of each; every form in three dtypes, packed and no
     "bn_relu_max_pool_kernel": 1,
     "max_pool_backward_reduce_kernel": 1,
     "max_pool_backward_kernel": 1,
+    "global_avg_pool_kernel": 1,
+    "global_avg_pool_backward_kernel": 1,
 }
 PLAIN = ["bn_scale_kernel"]  # on vectors only, one form
+# Threads that share nothing.
+WITHOUT_BARRIERS = [*PLAIN, "global_avg_pool_kernel", "global_avg_pool_backward_kernel"]
 # Beyond 128, a multiprocessor holds fewer than 512 threads. The others have grown to what they
 # need, and a compiler or a change that takes much more is worth a look.
 MOST_REGISTERS = {
@@ -48,23 +53,29 @@ MOST_REGISTERS = {
     "bn_relu_max_pool_kernel": 80,
     "max_pool_backward_reduce_kernel": 120,
     "max_pool_backward_kernel": 124,
+    "global_avg_pool_kernel": 116,  # four pixels' loads in flight; images fill no more threads
+    "global_avg_pool_backward_kernel": 40,
 }
 ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 # Everything that the entries launch, without torch's headers.
 LAUNCHES = """
+#include "cuda/avg_pool.cuh"
 #include "cuda/bn_act.cuh"
 #include "cuda/max_pool.cuh"
 using namespace fastresnet::cuda;
 void launch_all(const StatsParams& s, const ScaleParams& c, const ForwardParams& f,
                 const BackwardParams& b, const PoolForwardParams& pf,
-                const PoolBackwardParams& pb, void* w, Queue q) {
+                const PoolBackwardParams& pb, const AvgPoolParams& af,
+                const AvgPoolBackwardParams& ab, void* w, Queue q) {
   launch_bn_stats(s, w, q);
   launch_bn_scale(c, q);
   launch_bn_forward(f, q);
   launch_bn_backward(b, w, q);
   launch_max_pool_forward(pf, q);
   launch_max_pool_backward(pb, w, q);
+  launch_global_avg_pool(af, q);
+  launch_global_avg_pool_backward(ab, q);
 }
 """
 
@@ -118,7 +129,7 @@ def read_machine_code(cuobjdump: Path, file: Path) -> dict[str, dict[str, Kernel
         elif found := re.search(r"Function (\S+):", line):
             function = found[1]
         elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
-            name = re.search(r"\d((?:bn|max_pool)_\w+?_kernel)", function)[1]
+            name = re.search(r"\d((?:bn|max_pool|global)_\w+?_kernel)", function)[1]
             packed = name not in PLAIN and re.findall(r"Lb([01])E", function)[-1] == "1"
             kernel = Kernel(name, packed, *map(int, found.groups()))
             code.setdefault(architecture, {})[function] = kernel
@@ -199,7 +210,7 @@ def check_reductions_use_warps_and_tickets(code: dict[str, dict[str, Kernel]]) -
             names = " ".join(kernel.instructions)
             reduces = kernel.name.endswith(("stats_kernel", "reduce_kernel"))
             for opcode in ("SHFL.DOWN", "ATOM", "BAR.SYNC"):
-                wanted = reduces or (opcode == "BAR.SYNC" and kernel.name not in PLAIN)
+                wanted = reduces or (opcode == "BAR.SYNC" and kernel.name not in WITHOUT_BARRIERS)
                 assert (opcode in names) == wanted, f"{architecture} {function}: {opcode}"
             # Stores before the ticket, loads behind it.
             fences = sum(n for i, n in kernel.instructions.items() if i.startswith("MEMBAR"))

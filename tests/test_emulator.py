@@ -144,7 +144,13 @@ def test_mistake_is_noticed_by_sanitizers(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "file",
-    ["test_cuda_emulator.py", "test_cuda_max_pool.py", "test_cudnn_graphs.py", "test_emulator.py"],
+    [
+        "test_cuda_avg_pool.py",
+        "test_cuda_emulator.py",
+        "test_cuda_max_pool.py",
+        "test_cudnn_graphs.py",
+        "test_emulator.py",
+    ],
 )
 def test_sanitizers_find_nothing_else(file: str) -> None:
     # Without a barrier that it needs, a kernel does what the sanitizers are right to refuse.

@@ -79,6 +79,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             grad = torch.randint_like(out, -3, 4)
             dx, *_ = backward(grad, index, x, *bn[:3], *windows, 0.0, False)
             results[f"bn_relu_max_pool {dtype} {channels} {windows}"] = [out, index.to(dtype), dx]
+        out = torch.ops.fastresnet.global_avg_pool(many)
+        dx = torch.ops.fastresnet.global_avg_pool_backward(out, 9, 7)
+        results[f"global_avg_pool {dtype} {channels}"] = [out, dx]
 torch.save(results, sys.argv[1])
 """
 

@@ -310,16 +310,17 @@ def resnet_ops(
     dual = 3 if per_block == 2 else 4
     joins = {"bn_add_relu": blocks - dual, "bn_add_bn_relu": dual}
     stem = "bn_relu_max_pool" if pooled and HAS_MAX_POOL else "bn_relu"
+    average = {"global_avg_pool": 1, "global_avg_pool_backward": 1}
     if HAS_CONVOLUTIONS:
         convolutions = 1 + blocks * per_block + dual
         backward = {"conv_bn_backward": convolutions, "bn_sums": blocks, f"{stem}_backward": 1}
         joins = {op: joins[op] + more for op, more in zip(joins, anew, strict=True)}
         stems = 1 if pooled else 2  # the stem's output is one of those inputs too
-        return {stem: stems, "conv_stats": convolutions, **joins, **backward}
+        return {stem: stems, "conv_stats": convolutions, **joins, **backward, **average}
     inner = blocks * (per_block - 1)
     forward = collections.Counter({"bn_relu": inner, **joins}) + collections.Counter([stem])
     backward = {f"{op}_backward": count for op, count in forward.items()}
-    return {"bn_stats": 1 + inner + blocks + dual, **forward, **backward}
+    return {"bn_stats": 1 + inner + blocks + dual, **forward, **backward, **average}
 
 
 def vgg_ops(convolutions: int, stages: int) -> dict[str, int]:

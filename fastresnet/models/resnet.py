@@ -22,6 +22,7 @@ from torchvision.models import (
     Wide_ResNet101_2_Weights,
 )
 
+from ..nn.average_pool import average_pool
 from ..nn.batch_norm import to_kernel_layout
 from ..nn.stages import run_stages
 from ..nn.stem import run_stem
@@ -65,7 +66,7 @@ class ResNet(torchvision.models.ResNet):
         x, source = run_stem(self.conv1, self.bn1, self.relu, self.maxpool, x)
         x = run_stages([self.layer1, self.layer2, self.layer3, self.layer4], x, source)
 
-        x = self.avgpool(x)
+        x = average_pool(self.avgpool, x)
         x = torch.flatten(x, 1)
         return self.fc(x)
 

@@ -3,6 +3,7 @@
 :mod:`fastresnet.ops.reference`."""
 
 from . import choice, conv_graph, reference, reference_warp
+from .avg_pool import global_avg_pool
 from .bn_act import (
     KERNEL_DTYPES,
     as_kernels_take,
@@ -51,6 +52,7 @@ __all__ = [
     "conv_graph",
     "conv_relu",
     "conv_stats",
+    "global_avg_pool",
     "has_conv_kernel",
     "has_conv_relu_kernel",
     "has_kernel",

@@ -106,6 +106,11 @@ def bn_relu_max_pool(
     return F.max_pool2d(out, kernel_size, stride, padding)
 
 
+def global_avg_pool(x: Tensor) -> Tensor:
+    """``adaptive_avg_pool2d(x, 1)``."""
+    return F.adaptive_avg_pool2d(x, 1)
+
+
 def bn_add_relu(
     x: Tensor,
     mean: Tensor,

@@ -401,3 +401,27 @@ class MaxPoolKernels(Emulator):
         pooled = [(side + 2 * padding - kernel) // stride + 1 for side in (height, width)]
         sizes = (batch, height, width, channels, *pooled, *windows)
         return (ctypes.c_int64 * len(sizes))(*sizes), (batch, *pooled, channels)
+
+
+class AvgPoolKernels(Emulator):
+    """csrc/cuda/avg_pool.cuh on [N, H, W, C] tensors."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        super().__init__(library)
+        self.multiprocessors = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C]."""
+        out = unwritten((x.shape[0], x.shape[3]), x.dtype)
+        self.run("global_avg_pool", [*self._sizes(x.dtype, x.shape), x, out])
+        return out
+
+    def backward(self, grad: Tensor, height: int, width: int) -> Tensor:
+        """[N, H, W, C] of ``grad`` [N, C]."""
+        batch, channels = grad.shape
+        dx = unwritten((batch, height, width, channels), grad.dtype)
+        self.run("global_avg_pool_backward", [*self._sizes(grad.dtype, dx.shape), grad, dx])
+        return dx
+
+    def _sizes(self, dtype: torch.dtype, shape: Sequence[int]) -> list[object]:
+        return [DTYPES[dtype], (ctypes.c_int64 * 4)(*shape), self.multiprocessors]

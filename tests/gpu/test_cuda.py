@@ -74,6 +74,23 @@ def test_operators_against_float64(form: str, dtype: torch.dtype, shape: tuple[i
         assert_no_worse(ours[name], torchs[name], value, name, scale)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_average_pool_against_float64(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, grad = channels_last(*shape, dtype=dtype), channels_last(*shape[:2], 1, 1, dtype=dtype)
+
+    def run(module, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = x.detach().requires_grad_()
+        out = module.global_avg_pool(leaf)
+        return out.detach(), *torch.autograd.grad(out, leaf, grad)
+
+    exact = run(reference, x.double(), grad.double())
+    torchs, ours = run(reference, x, grad), run(ops, x, grad)
+    for name, *values in zip(("out", "dx"), ours, torchs, exact, strict=True):
+        assert_no_worse(*values, name, values[-1].abs().max().item())
+    assert ours[1].is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_same_bits_every_time_and_on_another_stream(form: str) -> None:
     values, grad = sample(form, (16, 64, 56, 56), torch.bfloat16)

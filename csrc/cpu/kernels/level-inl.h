@@ -29,6 +29,8 @@
 
 #include "cpu/kernels/conv-inl.h"
 
+#include "cpu/kernels/avg_pool-inl.h"
+
 #include "cpu/kernels/pixel-inl.h"
 
 #include "cpu/kernels/warp-inl.h"
@@ -54,5 +56,7 @@ constexpr KernelTable kKernels = {
     .max_pool_forward = max_pool_forward,
     .max_pool_backward_sums = max_pool_backward_sums,
     .max_pool_backward = max_pool_backward,
+    .global_avg_pool = global_avg_pool,
+    .global_avg_pool_backward = global_avg_pool_backward,
     .warp = warp,
 };

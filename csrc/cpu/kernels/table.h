@@ -19,6 +19,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/avg_pool_params.h"
 #include "cpu/conv_params.h"
 #include "cpu/max_pool_params.h"
 #include "cpu/warp_params.h"
@@ -104,6 +105,10 @@ struct KernelTable {
   // Rows [begin, end) of dx, of all images together.
   void (*max_pool_backward)(const MaxPoolBackwardParams& p, const BnCoefficients& k, int64_t begin,
                             int64_t end);
+
+  // Images [begin, end).
+  void (*global_avg_pool)(const AvgPoolParams& p, int64_t begin, int64_t end);
+  void (*global_avg_pool_backward)(const AvgPoolBackwardParams& p, int64_t begin, int64_t end);
 
   // One image.
   void (*warp)(const WarpParams& p);
