@@ -99,10 +99,13 @@ def used(model: nn.Module) -> nn.Module:
     return model.eval().to(memory_format=torch.channels_last)
 
 
+def projection() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(64, 128, 1, 2, bias=False), nn.BatchNorm2d(128))
+
+
 @pytest.fixture
 def block() -> nn.Module:
-    projection = nn.Sequential(nn.Conv2d(64, 128, 1, 2, bias=False), nn.BatchNorm2d(128))
-    return used(fastresnet.nn.BasicBlock(64, 128, 2, projection))
+    return used(fastresnet.nn.BasicBlock(64, 128, 2, projection()))
 
 
 def predict(model: nn.Module, x: Tensor, amp: torch.dtype | None = None) -> Tensor:
@@ -435,6 +438,17 @@ def changed(change: str, block: nn.Module) -> Callable[[], None]:
         with torch.no_grad():
             block.downsample[1].running_mean.add_(1)
 
+    def without_statistics() -> None:
+        bn.running_mean = bn.running_var = None
+
+    def plain_attribute() -> None:
+        del conv.weight
+        conv.weight = other.detach()
+
+    def geometry(**sizes: int) -> None:
+        for name, size in sizes.items():
+            setattr(block.conv2, name, (size, size))
+
     changes: dict[str, Callable[[], object]] = {
         "parameter": lambda: setattr(conv, "weight", nn.Parameter(other)),
         "pointer": lambda: setattr(conv.weight, "data", other),
@@ -447,12 +461,44 @@ def changed(change: str, block: nn.Module) -> Callable[[], None]:
         "in place": in_place,
         "eps": lambda: setattr(bn, "eps", 0.5),
         "module": lambda: setattr(block, "bn1", used(nn.BatchNorm2d(128))),
+        "plain attribute": plain_attribute,
+        "attribute in front": lambda: vars(conv).update(weight=other),
+        "bias": lambda: setattr(conv, "bias", nn.Parameter(torch.randn(128))),
+        "buffer": lambda: setattr(bn, "running_mean", torch.randn(128)),
+        "no statistics": without_statistics,
+        "training": bn.train,
+        "dilation": lambda: geometry(padding=2, dilation=2),
+        "padding mode": lambda: setattr(block.conv2, "padding_mode", "circular"),
+        "relu": lambda: setattr(block, "relu", nn.Tanh()),
+        "no convolution": lambda: setattr(block, "downsample", Repeated()),
+        "projection": lambda: setattr(block, "downsample", used(projection())),
+        "projection's bias": lambda: nn.init.ones_(block.downsample[1].bias),
+        "hook": lambda: conv.register_forward_hook(lambda _module, _args, y: 2 * y),
+        "hook in front": lambda: bn.register_forward_pre_hook(lambda _module, args: (args[0] + 1,)),
+        "projection's hook": lambda: block.downsample.register_forward_hook(lambda *args: -args[2]),
+        "forward": lambda: setattr(bn, "forward", torch.neg),
+        "class": lambda: setattr(conv, "__class__", Doubled),
     }
     return changes[change]
 
 
+class Doubled(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class Repeated(nn.Module):
+    """A shortcut without parameters, every channel twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, ::2, ::2].repeat(1, 2, 1, 1)
+
+
 CHANGES = ["parameter", "pointer", "transposed", "state", "fused step", "step", "data"]
-CHANGES += ["statistics", "in place", "eps", "module"]
+CHANGES += ["statistics", "in place", "eps", "module", "plain attribute", "attribute in front"]
+CHANGES += ["bias", "buffer", "no statistics", "training", "dilation", "padding mode"]
+CHANGES += ["relu", "no convolution", "projection", "projection's bias", "hook", "hook in front"]
+CHANGES += ["projection's hook", "forward", "class"]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -490,6 +536,66 @@ def test_a_forward_with_gradients_and_to_drop_folds(
             block.eval()
         twin = fastresnet.revert(copy.deepcopy(block))
         torch.testing.assert_close(predict(block, x), predict(twin, x), rtol=1e-4, atol=1e-4)
+
+
+def without_folding(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.profiler.profile() as profile:
+        y = predict(model, x)
+    assert "aten::rsqrt" not in {event.key for event in profile.key_averages()}, "folded anew"
+    return y
+
+
+def test_a_fold_is_for_every_size(calls: list[str], block: nn.Module) -> None:
+    twin = fastresnet.revert(copy.deepcopy(block))
+    predict(block, channels_last(2, 64, 6, 6))
+    for shape in [(1, 64, 6, 6), (2, 64, 9, 5), (2, 64, 6, 6), (2, 64, 1, 1)]:
+        x = channels_last(*shape)
+        found = without_folding(block, x)
+        torch.testing.assert_close(found, predict(twin, x), rtol=1e-4, atol=1e-4)
+    assert len(calls) == 10
+    with pytest.raises(RuntimeError, match="to have 64 channels, but got 32"):
+        predict(block, channels_last(2, 32, 6, 6))
+
+
+def test_branches_that_do_not_meet_are_torchs(calls: list[str]) -> None:
+    # Of even sizes they do.
+    shortcut = nn.Sequential(nn.Conv2d(64, 128, 2, 2), nn.BatchNorm2d(128))
+    block = used(fastresnet.nn.BasicBlock(64, 128, 2, shortcut))
+    for side in (6, 7, 8, 7):
+        x = channels_last(2, 64, side, side)
+        if side == 7:
+            with pytest.raises(RuntimeError, match="must match the size"):
+                predict(block, x)
+        else:
+            assert predict(block, x).shape == (2, 128, side // 2, side // 2)
+    assert calls == ["relu", "add_relu"] * 2
+
+
+def test_a_projection_of_ours_forgets_by_itself(calls: list[str], block: nn.Module) -> None:
+    block.downsample = FusedSequential(*block.downsample).eval()
+    x = channels_last(2, 64, 6, 6)
+    predict(block, x)
+    block.downsample[0].weight.data.mul_(2)
+    block.downsample.eval()
+    twin = fastresnet.revert(copy.deepcopy(block))
+    torch.testing.assert_close(predict(block, x), predict(twin, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_other_strides_are_noticed(calls: list[str], block: nn.Module, in_place: bool) -> None:
+    x = channels_last(2, 64, 6, 6)
+    convolutions = block.conv1, block.downsample[0]
+    for conv in convolutions:
+        conv.stride = [2, 2]
+    assert predict(block, x).shape == without_folding(block, x).shape == (2, 128, 3, 3)
+    for conv in convolutions:
+        if in_place:
+            conv.stride[:] = [1, 1]
+        else:
+            conv.stride = (1, 1)
+    twin = fastresnet.revert(copy.deepcopy(block))
+    torch.testing.assert_close(predict(block, x), predict(twin, x), rtol=1e-4, atol=1e-4)
+    assert calls == ["relu", "add_relu"] * 3
 
 
 def test_weights_that_come_and_go_at_one_address(calls: list[str], block: nn.Module) -> None:
@@ -573,6 +679,62 @@ def test_a_float32_input_under_autocast_is_torchs(
 ) -> None:
     predict(block, channels_last(2, 64, 6, 6), amp)
     assert calls == ([] if amp else ["relu", "add_relu"])
+
+
+def test_what_is_asked_for_later_is_noticed(calls: list[str], block: nn.Module) -> None:
+    x = channels_last(2, 64, 6, 6)
+    expected = predict(block, x)
+    calls.clear()
+    predict(block, x, torch.bfloat16)  # a float32 input, which torch rounds
+    predict(block, x.contiguous())
+    predict(block, x[:0])
+    block(x)
+    assert calls == []
+    assert torch.equal(predict(block, x), expected)
+    assert calls == ["relu", "add_relu"]
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=str)
+def test_dtypes_of_a_block_that_differ_fit_under_autocast_only(
+    calls: list[str], block: nn.Module, amp: torch.dtype | None
+) -> None:
+    x = channels_last(2, 64, 6, 6, dtype=torch.bfloat16)
+    block.conv1.bfloat16()
+    predict(block, x, torch.bfloat16)
+    assert calls == ["relu", "add_relu"]
+    if amp is None:
+        with pytest.raises(RuntimeError, match="same"):
+            predict(block, x)
+    assert calls == ["relu", "add_relu"]
+
+
+def test_meta_tensors_are_torchs(calls: list[str], block: nn.Module) -> None:
+    x = channels_last(2, 64, 6, 6).to("meta")
+    assert predict(block.to("meta"), x).shape == (2, 128, 3, 3)
+    model = FusedSequential(nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64), nn.ReLU()).eval()
+    assert predict(model.to("meta"), x).is_meta
+    assert calls == []
+
+
+def test_determinism_asked_for_later_is_noticed(by_cudnn: list[str], block: nn.Module) -> None:
+    x = channels_last(2, 64, 6, 6)
+    predict(block, x)
+    torch.use_deterministic_algorithms(True)
+    try:
+        predict(block, x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert by_cudnn == ["relu", "add_relu"]
+
+
+def test_a_larger_input_is_measured_by_every_weight(
+    by_cudnn: list[str], block: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CONV_RELU, "_MOST_VALUES", 2 * 8 * 8 * 128)
+    predict(block, channels_last(1, 64, 8, 8))
+    assert by_cudnn == ["relu", "add_relu"]
+    predict(block, channels_last(2, 64, 8, 8))
+    assert by_cudnn == ["relu", "add_relu"]
 
 
 @pytest.mark.filterwarnings("ignore:.*jit.trace:FutureWarning")

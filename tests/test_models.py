@@ -286,6 +286,21 @@ def test_checkpointing_gives_the_same_gradients():
         assert torch.equal(a.grad, b.grad), name
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("name", ["conv1", "layer2.0.conv2", "layer2.0.downsample.0"])
+def test_a_convolutions_sizes_may_be_numbers(name, training):
+    """Torch takes ``conv.stride = 1``, as networks that keep the last maps large are made."""
+    torch.manual_seed(0)
+    stock, ours = pair()
+    for model in (stock, ours):
+        conv = model.train(training).get_submodule(name)
+        for sizes in ("stride", "padding", "dilation"):
+            setattr(conv, sizes, getattr(conv, sizes)[0])
+    x = torch.randn(2, 3, 64, 64)
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(ours(x), stock(x), rtol=1e-3, atol=1e-4)
+
+
 def test_frozen_parts():
     stock, ours = pair()
     for model in (stock, ours):

@@ -157,22 +157,32 @@ def is_plain(link: Link, x: Tensor) -> bool:
     )
 
 
-def is_standard(link: Link) -> bool:
-    """Whether both modules are torch's own, do what every kernel does, and nobody would notice
-    that they were not called."""
+def is_untouched(link: Link) -> bool:
+    """Whether both modules are torch's own, and nobody would notice that they were not called."""
     conv, bn = link
     return not (
         type(conv) is not nn.Conv2d
         or type(bn) is not nn.BatchNorm2d
         or has_hooks(conv)
         or has_hooks(bn)
-        or conv.padding_mode != "zeros"
+    )
+
+
+def is_standard(link: Link) -> bool:
+    """Whether both modules are untouched and do what every kernel does."""
+    conv, bn = link
+    return is_untouched(link) and not (
+        conv.padding_mode != "zeros"
         or isinstance(conv.padding, str)
         or bn.weight is None
         or bn.bias is None
         or (bn.running_mean is None) != (bn.running_var is None)
         or bn.num_features != conv.out_channels
-        or any(len(set(sizes)) > 1 for sizes in (conv.stride, conv.padding, conv.dilation))
+        # Torch takes a number set afterwards, where the constructor makes a pair of it.
+        or any(
+            isinstance(sizes, int) or len(set(sizes)) > 1
+            for sizes in (conv.stride, conv.padding, conv.dilation)
+        )
     )
 
 
@@ -189,7 +199,8 @@ def under_autocast(link: Link, x: Tensor) -> Tensor:
     device = x.device.type
     if x.requires_grad or device != "cpu" or not torch.is_autocast_enabled(device):
         return x
-    return x.to(computed_dtype(link, x)) if is_standard(link) and ops.has_kernel(x) else x
+    dtype = computed_dtype(link, x)
+    return x.to(dtype) if x.dtype != dtype and is_standard(link) and ops.has_kernel(x) else x
 
 
 def fills_blocks(link: Link, x: Tensor, is_input: bool) -> bool:
@@ -219,6 +230,20 @@ def sizes_behind(links: Sequence[Link], x: Tensor) -> list[int]:
     for link in links:
         sizes = link.output_sizes(sizes)
     return sizes
+
+
+def branches_fit(links: Sequence[Link], shortcut: Sequence[Link], x: Tensor) -> bool:
+    """Whether each link takes what the one before it gives, and both branches end with the same
+    channels, sizes and kind of statistics; an empty shortcut is ``x`` itself."""
+    last = links[-1]
+    channels = shortcut[-1].conv.out_channels if shortcut else x.shape[1]
+    return (
+        channels_fit(links, x)
+        and channels_fit(shortcut, x)
+        and last.conv.out_channels == channels
+        and all(link.uses_batch == last.uses_batch for link in shortcut)
+        and sizes_behind(links, x) == sizes_behind(shortcut, x)
+    )
 
 
 def values_a_channel(links: Sequence[Link], x: Tensor) -> list[int]:

@@ -24,13 +24,12 @@ from .join import Join, put_together, taken_apart
 from .links import (
     Link,
     batches_seen,
-    channels_fit,
+    branches_fit,
     forward_links,
     is_plain,
     runs_as_node,
     save_for_backward,
     saved_tensors,
-    sizes_behind,
     values_a_channel,
 )
 from .running_stats import Seen
@@ -70,28 +69,16 @@ def residual_block(
     every = links if projection is None else [*links, projection]
     if not all(is_plain(link, x) for link in every):
         return None
-    if not channels_fit(links, x) or not branches_fit(links[-1], projection, x):
-        return None
     shortcut = [] if projection is None else [projection]
+    if not branches_fit(links, shortcut, x):
+        return None
     counts = values_a_channel(links, x) + values_a_channel(shortcut, x)
-    # Torch has its own words for one value a channel, and for branches that do not fit.
-    if min(counts) < 2 or sizes_behind(links, x) != sizes_behind(shortcut, x):
+    if min(counts) < 2:  # for which torch has words of its own
         return None
 
     parameters = [parameter for link in every for parameter in link.parameters]
     out, join, *statistics = _ResidualBlock.apply(links, projection, source, x, *parameters)
     return Output(out, join, batches_seen(every, statistics, counts))
-
-
-def branches_fit(last: Link, projection: Link | None, x: Tensor) -> bool:
-    """Whether both branches end with the same channels and the same kind of statistics."""
-    if projection is None:
-        return last.conv.out_channels == x.shape[1]
-    return (
-        projection.conv.in_channels == x.shape[1]
-        and projection.conv.out_channels == last.conv.out_channels
-        and projection.uses_batch == last.uses_batch
-    )
 
 
 def as_link(downsample: nn.Module) -> Link | None:

@@ -30,13 +30,13 @@ from .join import Join, Settings, put_together, taken_apart
 from .links import (
     Link,
     batches_seen,
-    channels_fit,
+    branches_fit,
     computed_dtype,
     is_standard,
     sizes_behind,
     values_a_channel,
 )
-from .residual import as_link, branches_fit
+from .residual import as_link
 from .running_stats import Seen, update_running_stats
 
 
@@ -97,9 +97,7 @@ def _convolutions(block: BasicBlock | Bottleneck, x: Tensor) -> Convolutions | N
     if (
         (projection is None) != (block.downsample is None)
         or not is_relu(block.relu)
-        or not channels_fit(links, x)
-        or not branches_fit(links[-1], projection, x)
-        or sizes_behind(links, x) != sizes_behind(shortcut, x)
+        or not branches_fit(links, shortcut, x)
     ):
         return None
     counts = values_a_channel(links, x) + values_a_channel(shortcut, x)
