@@ -71,6 +71,15 @@ IMAGES = {
     "grey": (3, 1, 19, 32, 32),
     "more_weights_than_pixels": (1, 3, 7, 7, 192),
 }
+# Of 1x1 convolutions of stride 1, whose pixels are rows of a product as they lie in memory.
+PIXELS = {
+    "whole_tiles": (2, 64, 14, 16, 64),
+    "tails_of_rows": (3, 96, 13, 11, 40),
+    "several_blocks_a_thread": (1, 32, 61, 58, 32),
+    # Shared out by channels; the second by rows too.
+    "more_weights_than_pixels": (3, 160, 3, 4, 192),
+    "deep_and_narrow": (2, 992, 4, 3, 32),
+}
 # channels, groups
 GROUPS = {
     "quarter_blocks": (64, 8),
@@ -143,11 +152,16 @@ def method(
     wants_dx: bool = True,
 ) -> str:
     """Which products a convolution is made of."""
-    tile, by_places, patches = torch.ops.fastresnet.conv_method(
+    tile, *special = torch.ops.fastresnet.conv_method(
         x, weight, *geometry, normalised, backward, wants_dx
     )
-    assert (tile > 1) + by_places + patches <= 1
-    return "places" if by_places else "patches" if patches else f"tiles of {tile}"
+    names = [
+        name
+        for name, is_so in zip(("places", "patches", "in place"), special, strict=True)
+        if is_so
+    ]
+    assert (tile > 1) + len(names) <= 1
+    return names[0] if names else f"tiles of {tile}"
 
 
 def check(shape, geometry, dtype, prologue, wants_dx=True, layout=torch.contiguous_format):
@@ -314,6 +328,47 @@ def test_patches_are_of_few_channels_as_they_are():
     assert not patched(x, torch.empty(32, 3, 15, 15), 1, 7, 1, 1, backward=False)
     wide = channels_last(4, 64, 16, 16, dtype=torch.float32)
     assert not patched(wide, torch.empty(32, 64, 3, 3), 1, 1, 1, 1, backward=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("shape", PIXELS.values(), ids=PIXELS)
+def test_pixels_in_place_against_float64(shape, count, dtype, threads):
+    threads(count)
+    batch, channels, height, width, out_channels = shape
+    x = channels_last(batch, channels, height, width, dtype=dtype)
+    weight = torch.empty(out_channels, channels, 1, 1)
+    made_of = method(x, weight, (1, 0, 1, 1), backward=False, normalised=False)
+    assert made_of == ("in place" if dtype in as_in_memory() else "tiles of 1")
+    check(shape, GEOMETRIES["1x1"], dtype, prologue=False)
+
+
+def as_in_memory() -> list[torch.dtype]:
+    """Of which a kernel reads rows of memory as they are: what it multiplies in the dtype itself,
+    and not in tiles, which have 16 rows."""
+    level = torch.ops.fastresnet.isa()
+    return [torch.float32] + [torch.bfloat16] * (level == "avx512_bf16")
+
+
+def test_pixels_in_place_are_of_whole_lines_as_they_are():
+    def in_place(channels: int, *geometry: int, size: int = 1, **how: bool) -> bool:
+        groups = geometry[3]
+        x = channels_last(2, channels, 5, 5, dtype=torch.float32)
+        weight = torch.empty(channels, channels // groups, size, size)
+        how = {"backward": False, "normalised": False} | how
+        return method(x, weight, geometry, **how) == "in place"
+
+    assert in_place(64, 1, 0, 1, 1)
+    assert not in_place(64, 1, 0, 1, 1, normalised=True)
+    assert not in_place(64, 1, 0, 1, 1, backward=True)
+    assert not in_place(64, 2, 0, 1, 1)
+    assert not in_place(64, 1, 1, 1, 1)
+    assert not in_place(64, 1, 0, 1, 2)
+    assert not in_place(64, 1, 1, 1, 1, size=3)
+    assert not in_place(48, 1, 0, 1, 1)
+    # Pixels 4 KiB apart share their lines of the first-level cache.
+    assert in_place(992, 1, 0, 1, 1)
+    assert not in_place(1024, 1, 0, 1, 1)
 
 
 def test_a_patch_reads_its_own_pixels_only():

@@ -79,7 +79,7 @@ std::optional<BatchNorm> check_prologue(const char* op, const Tensor& x,
   return check_batch_norm(op, x, *mean, *var, *weight, &*bias, eps, "x_");
 }
 
-std::tuple<int64_t, bool, bool> conv_method_cpu(const Tensor& x, const Tensor& weight,
+std::tuple<int64_t, bool, bool, bool> conv_method_cpu(const Tensor& x, const Tensor& weight,
                                                 int64_t stride, int64_t padding, int64_t dilation,
                                                 int64_t groups, bool normalised, bool backward,
                                                 bool wants_dx) {
@@ -89,7 +89,7 @@ std::tuple<int64_t, bool, bool> conv_method_cpu(const Tensor& x, const Tensor& w
   const ConvPlan plan = (backward ? share_backward(s, dtype, normalised, wants_dx)
                                   : share_forward(s, dtype, normalised))
                             .plan;
-  return {plan.tile, plan.by_places, plan.patches};
+  return {plan.tile, plan.by_places, plan.patches, plan.in_place};
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(

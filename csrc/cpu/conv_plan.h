@@ -18,6 +18,9 @@
 // the input, may then be the channels of one pixel: the convolution is a 1x1 convolution of
 // patches.
 //
+// Where a 1x1 convolution of stride 1 reads its input as it is, there may be nothing to stage: rows
+// of a product are then pixels of memory.
+//
 // On small maps most taps of most places meet padding. There a plane may hold one place after
 // another, each of all images of the block: a place's pixels are multiplied with the taps that meet
 // a pixel, and with no others.
@@ -58,6 +61,7 @@ struct ConvMethod {
   int64_t image_step = 0;  // planes hold place after place, each of a multiple of so many images;
                            // 0: image after image
   bool patches = false;    // a pixel is all that the kernel reads for an output
+  bool in_place = false;   // pixels are read where they lie, and not staged
 };
 
 // Which of `count` places, outputs or a kernel's rows, meet one of `pixels` pixels at a distance.
@@ -76,6 +80,7 @@ struct ConvPlan {
   ConvShape shape;  // of the products: of patches, or of the given convolution
   int64_t tile;     // as in ConvMethod
   bool patches;     // as in ConvMethod
+  bool in_place;    // as in ConvMethod
   std::vector<Phase> phases;
   std::vector<Tap> taps;  // by phase
   int64_t grid_height, grid_width;

@@ -81,6 +81,11 @@ ConvPlan plan_whole(const ConvShape& s, ConvMethod method, int64_t place_bytes) 
   return ConvPlan(s, method, place_bytes, std::numeric_limits<int64_t>::max() / 2, 1);
 }
 
+// Nothing is staged that would have to find room in a cache: a block for every thread.
+ConvPlan plan_in_place(const ConvShape& s, int64_t blocks) {
+  return ConvPlan(s, {.in_place = true}, 1, std::numeric_limits<int64_t>::max() / 2, blocks);
+}
+
 // Staged pixels of a block of a thread's own.
 float* own_staged(int64_t floats) {
   static thread_local Scratch scratch;
@@ -221,7 +226,7 @@ OutputMoments forward_by_blocks(const ConvForwardParams& p, const WeightPacking&
       const Range rows{0, block.images * block.rows};
       const int64_t outputs = plan.outputs(block, rows);
       if (outputs == 0) continue;
-      table.conv_stage(p, block, {0, panels}, staged, window);
+      if (!plan.in_place) table.conv_stage(p, block, {0, panels}, staged, window);
       table.conv_forward(p, block, staged, packed.floats(), rows, {0, out_blocks},
                          moments.of(part));
       moments.count(part, outputs);
@@ -244,8 +249,10 @@ OutputMoments forward_by_channels(const ConvForwardParams& p, const WeightPackin
   OutputMoments moments(share_of(plan.block(0)).groups, out_channels);
   for (int64_t i = 0; i < plan.blocks; ++i) {
     const ConvBlock block = plan.block(i);
-    parallel_panels(
-        panels, [&](Range range) { table.conv_stage(p, block, range, staged, own_window(plan)); });
+    if (!plan.in_place)
+      parallel_panels(panels, [&](Range range) {
+        table.conv_stage(p, block, range, staged, own_window(plan));
+      });
     const Share share = share_of(block);
     parallel(share.parts(), [&](int64_t part) {
       const Range channels = share.channel_blocks_of(part);
@@ -354,6 +361,16 @@ std::vector<ConvMethod> methods(const ConvShape& s, DType dtype, bool may_be_pat
   return found;
 }
 
+// Whether products may read the convolution's input where it lies.
+bool reads_in_place(const ConvShape& s, DType dtype) {
+  // Rows of so many bytes fall on the same few lines of the first-level cache.
+  constexpr int64_t kAliasedBytes = 4096;
+  const int64_t row_bytes = s.channels * (dtype == DType::float32 ? 4 : 2);
+  return s.kernel_height == 1 && s.kernel_width == 1 && s.stride == 1 && s.padding == 0 &&
+         s.groups == 1 && s.channels % kChannelBlock == 0 && row_bytes % kAliasedBytes != 0 &&
+         kernels().conv_reads_memory(dtype);
+}
+
 // What the products cost: the lines of their rows. Packing a product's weights costs what so many
 // rows of it would.
 double cost(const ConvPlan& plan, DType dtype) {
@@ -392,8 +409,10 @@ Sharing share_forward(const ConvShape& s, DType dtype, bool normalised) {
     const int64_t weight_bytes =
         padded_size(whole) / table.conv_line_channels(method.tile, dtype) * kLineBytes;
     const int64_t whole_bytes = int64_t{sizeof(float)} * table.conv_staged_floats(whole, dtype);
-    if (preference(method) * threads() * weight_bytes > 2 * whole_bytes)
-      return {true, plan_shared(s, method, place_bytes)};
+    const bool by_channels = preference(method) * threads() * weight_bytes > 2 * whole_bytes;
+    if (!normalised && !method.patches && reads_in_place(s, dtype))
+      return {by_channels, plan_in_place(s, by_channels ? 1 : threads())};
+    if (by_channels) return {true, plan_shared(s, method, place_bytes)};
     return {false, plan_blocks(s, method, place_bytes, 1)};
   });
 }

@@ -50,7 +50,7 @@ class PackedWeight:
         key = (x.shape, x.dtype, torch.get_num_threads(), geometry)
         packed = self._of_input.get(key)
         if packed is None:
-            tile, by_places, patches = torch.ops.fastresnet.conv_method.default(
+            tile, by_places, patches, _ = torch.ops.fastresnet.conv_method.default(
                 x, self.weight, *geometry, normalised=False, backward=False, wants_dx=False
             )
             # Place by place, what no place of the map meets is left out.

@@ -8,13 +8,14 @@
 
 template <class E>
 struct StagedInput {
-  Plane planes[kMaxPhases];
+  Plane planes[kMaxPhases] = {};
   int64_t floats;
 
   StagedInput(const ConvPlan& plan, float* memory) {
     Layout layout(memory);
     for (size_t i = 0; i < plan.phases.size(); ++i)
-      if (plan.phases[i].taps) planes[i] = layout.plane<E>(plan, plan.shape.channels);
+      if (plan.phases[i].taps && !plan.in_place)
+        planes[i] = layout.plane<E>(plan, plan.shape.channels);
     floats = layout.floats();
   }
 };
@@ -44,6 +45,22 @@ void conv_stage_of(const ConvForwardParams& p, const ConvBlock& block, Range pan
                  InputValues<T>{static_cast<const T*>(p.x), channels, p.scale, p.shift});
 }
 
+// A block's pixels as products read them, but for the taps: staged, or where they lie.
+template <class E, class T>
+Pixels pixels_of(const ConvForwardParams& p, const ConvBlock& block, const Plane& staged) {
+  Pixels pixels{staged.lines, kLine, staged.panel_stride,
+                nullptr,      0,     met_by_output(p.plan->shape, 0).count * kBlockPanels<E>};
+  if (p.plan->in_place) {
+    const int64_t channels = p.plan->shape.channels;
+    pixels.first =
+        reinterpret_cast<const float*>(static_cast<const T*>(p.x) + block.row * channels);
+    pixels.row_stride = channels / E::kDepth;
+    pixels.panel_stride = kLine;
+    pixels.ahead = kStoreRows * pixels.row_stride;
+  }
+  return pixels;
+}
+
 template <class T>
 void conv_forward_of(const ConvForwardParams& p, const ConvBlock& block, float* memory,
                      const float* weight, Range rows, Range out_blocks,
@@ -54,8 +71,8 @@ void conv_forward_of(const ConvForwardParams& p, const ConvBlock& block, float* 
   const ConvShape& s = plan.shape;
   const StagedInput<E> staged(plan, memory);
   const Plane& first = staged.planes[plan.taps[0].phase];
-  const int64_t chunks = met_by_output(s, 0).count * kBlockPanels<E>;
-  const int64_t tap_block = chunks * kLine * kChannelBlock;
+  Pixels pixels = pixels_of<E, T>(p, block, first);
+  const int64_t tap_block = pixels.chunks * kLine * kChannelBlock;
   std::vector<TapOffset> taps;
   for (const Tap& tap : plan.taps)
     taps.push_back({staged.planes[tap.phase].lines - first.lines + plan.distance(tap) * kLine,
@@ -68,11 +85,11 @@ void conv_forward_of(const ConvForwardParams& p, const ConvBlock& block, float* 
         at.push_back({taps[i].pixels + place, taps[i].weights});
   };
 
-  const Pixels pixels{nullptr, first.panel_stride, taps.data(), count, chunks};
+  pixels.taps = taps.data(), pixels.count = count;
   const OutputStore<T> store_output{static_cast<T*>(p.y), s.out_channels, p.past_caches, moments};
   const auto operands_of = [&](int64_t n) -> Operands {
     const int64_t panel = met_by_output(s, n).first * kBlockPanels<E>;
-    return {first.lines + panel * first.panel_stride,
+    return {pixels.first + panel * pixels.panel_stride,
             weight + (n - out_blocks.begin) * count * tap_block};
   };
   // With the first tile of all blocks of channels.
@@ -210,7 +227,7 @@ void conv_input_gradient_of(const ConvBackwardParams& p, const ConvBlock& block,
   const InputGradientStore<T> store_gradient{p, sums, sums + plan.shape.channels};
   for (const Phase& phase : plan.phases) {
     const TapOffset* of_phase = taps.data() + phase.first_tap;
-    const Pixels pixels{nullptr, gradients.panel_stride, of_phase, phase.taps, chunks};
+    const Pixels pixels{nullptr, kLine, gradients.panel_stride, of_phase, phase.taps, chunks};
     const auto taps_at = [&](int64_t row, int64_t column, std::vector<TapOffset>& at) {
       const int64_t place = (row * plan.pitch + column * plan.column_pitch) * kLine;
       for (int64_t i = 0; i < phase.taps; ++i) {
@@ -326,6 +343,16 @@ void conv_pack(const ConvWeight& weight, const ConvPlan& plan, DType dtype, bool
         winograd_pack<tile, T, W>(weight, plan, transposed, column_block, packed);
     });
   });
+}
+
+bool conv_reads_memory(DType dtype) {
+  bool reads = false;
+  for_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using E = Element<T>;
+    reads = std::is_same_v<typename E::Value, T> && E::kRowStep == 1;
+  });
+  return reads;
 }
 
 int64_t conv_staged_floats(const ConvPlan& plan, DType dtype) {

@@ -28,7 +28,7 @@ inline void for_place_products(const ConvBlock& block, const Source& to, Range r
         for_store_blocks(channel_blocks, [&](Range blocks) {
           for (int64_t c = blocks.begin; c < blocks.end; ++c) {
             const Operands operands = operands_of(c);
-            a.first = operands.lines + begin * kLine;
+            a.first = operands.lines + begin * a.row_stride;
             multiply<E>(a, operands.weights, products + (c - blocks.begin) * Tile::kBlockFloats,
                         part.size());
           }

@@ -107,12 +107,12 @@ template <class E>
 inline void multiply_runs(const Runs& runs, Pixels a, const float* at, const float* b,
                           float* tile) {
   if (runs.joined) {
-    a.first = at + runs.run[0].place * kLine;
+    a.first = at + runs.run[0].place * a.row_stride;
     multiply<E>(a, b, tile, runs.rows);
     return;
   }
   for (int i = 0; i < runs.count; ++i) {
-    a.first = at + runs.run[i].place * kLine;
+    a.first = at + runs.run[i].place * a.row_stride;
     multiply<E>(a, b, tile + runs.run[i].begin * kChannelBlock, runs.run[i].count);
   }
 }
@@ -138,13 +138,15 @@ inline void for_products(const ConvPlan& plan, const ConvBlock& block, const Sou
                          Store store) {
   alignas(64) float products[kStoreBlocks * Tile::kBlockFloats];
   for (int64_t image = rows.begin / block.rows; image * block.rows < rows.end; ++image) {
-    const int64_t before = image * block.rows, first = plan.at(image, 0, block) * kLine;
+    const int64_t before = image * block.rows, first = plan.at(image, 0, block) * a.row_stride;
     const Range of_image{std::max<int64_t>(0, rows.begin - before), rows.end - before};
     for_tiles<E>(plan, block, source, image, of_image, [&](const Runs& runs) {
       for_store_blocks(channel_blocks, [&](Range blocks) {
         for (int64_t c = blocks.begin; c < blocks.end; ++c) {
           const Operands operands = operands_of(c);
-          multiply_runs<E>(runs, a, operands.lines + first, operands.weights,
+          Pixels pixels = a;
+          if (c > channel_blocks.begin) pixels.ahead = 0;  // they were asked for
+          multiply_runs<E>(runs, pixels, operands.lines + first, operands.weights,
                            products + (c - blocks.begin) * Tile::kBlockFloats);
         }
         store(Tile{products, blocks.begin * kChannelBlock, blocks.size()}, runs);

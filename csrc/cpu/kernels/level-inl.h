@@ -45,6 +45,7 @@ constexpr KernelTable kKernels = {
     .conv_line_channels = conv_line_channels,
     .conv_packed_floats = conv_packed_floats,
     .conv_pack = conv_pack,
+    .conv_reads_memory = conv_reads_memory,
     .conv_staged_floats = conv_staged_floats,
     .conv_backward_staged_floats = conv_backward_staged_floats,
     .conv_stage = conv_stage,

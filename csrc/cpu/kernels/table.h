@@ -59,6 +59,10 @@ struct KernelTable {
   void (*conv_pack)(const ConvWeight& weight, const ConvPlan& plan, DType dtype, bool transposed,
                     int64_t column_block, float* packed);
 
+  // Whether a staged line holds just what lies in memory, channel by channel, so that products can
+  // read rows of pixels there, and read none beyond.
+  bool (*conv_reads_memory)(DType dtype);
+
   // Floats that the plan's blocks take when staged. Memory for them begins on a line.
   int64_t (*conv_staged_floats)(const ConvPlan& plan, DType dtype);
   int64_t (*conv_backward_staged_floats)(const ConvPlan& plan, DType dtype);

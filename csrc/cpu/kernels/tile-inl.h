@@ -84,21 +84,25 @@ struct TapOffset {
   int64_t pixels, weights;
 };
 
-// A matrix of pixels: `chunks` panels of lines, panel_stride floats apart, read once a tap.
+// A matrix of pixels: lines of so many rows, row_stride floats apart, in `chunks` panels,
+// panel_stride floats apart, read once a tap.
 struct Pixels {
   const float* first;
-  int64_t panel_stride;
+  int64_t row_stride, panel_stride;
   const TapOffset* taps;
   int64_t count, chunks;
-  bool far = false;  // beyond the second-level cache, so that lines are asked for two panels ahead
+  // How many floats ahead lines are asked for that are not in the second-level cache; 0: all are.
+  int64_t ahead = 0;
 };
 
 // Weights are asked for so many floats ahead: those of many channels come from the third-level
 // cache.
 constexpr int64_t kAhead = 32 * kChannelBlock;
 
-template <class Element, int rows>
+// dense: rows follow one another line by line, which spares the registers that hold their places.
+template <class Element, bool dense, int rows>
 inline void multiply_rows(const Pixels& a, const float* weights, bool add, float* c) {
+  const int64_t row_stride = dense ? kLine : a.row_stride;
   Vec sums[rows][kProductVecs];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
@@ -108,8 +112,8 @@ inline void multiply_rows(const Pixels& a, const float* weights, bool add, float
     const float* lines = a.first + a.taps[tap].pixels;
     const float* b = weights + a.taps[tap].weights;
     for (int64_t chunk = 0; chunk < a.chunks; ++chunk, lines += a.panel_stride) {
-      if (a.far)
-        for (int r = 0; r < rows; ++r) __builtin_prefetch(lines + 2 * a.panel_stride + r * kLine);
+      if (a.ahead)
+        for (int r = 0; r < rows; ++r) __builtin_prefetch(lines + a.ahead + r * row_stride);
       for (int k = 0; k < kLine; ++k, b += kChannelBlock) {
         Vec columns[kProductVecs];
 #pragma GCC unroll 4
@@ -119,7 +123,7 @@ inline void multiply_rows(const Pixels& a, const float* weights, bool add, float
         }
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
-          const Vec value = broadcast(lines[r * kLine + k]);
+          const Vec value = broadcast(lines[r * row_stride + k]);
 #pragma GCC unroll 4
           for (int v = 0; v < kProductVecs; ++v)
             sums[r][v] = Element::dot(value, columns[v], sums[r][v]);
@@ -137,12 +141,12 @@ inline void multiply_rows(const Pixels& a, const float* weights, bool add, float
 }
 
 // The instance for so many rows, at most `rows`.
-template <class Element, int rows = kProductRows>
+template <class Element, bool dense, int rows = kProductRows>
 inline void multiply_some_rows(int64_t count, const Pixels& a, const float* b, bool add, float* c) {
   if (count == rows) {
-    multiply_rows<Element, rows>(a, b, add, c);
+    multiply_rows<Element, dense, rows>(a, b, add, c);
   } else if constexpr (rows > 1) {
-    multiply_some_rows<Element, rows - 1>(count, a, b, add, c);
+    multiply_some_rows<Element, dense, rows - 1>(count, a, b, add, c);
   }
 }
 
@@ -155,9 +159,12 @@ inline void multiply_once(Pixels a, const float* b, bool add, float* c, int64_t 
   for (int64_t column = 0; column < kChannelBlock; column += kProductColumns)
     for (int64_t part = 0; part < parts; ++part) {
       const auto [begin, end] = part_of(rows, parts, part);
-      a.first = first + begin * kLine;
-      multiply_some_rows<Element>(end - begin, a, b + column, add,
-                                  c + begin * kChannelBlock + column);
+      a.first = first + begin * a.row_stride;
+      float* to = c + begin * kChannelBlock + column;
+      if (a.row_stride == kLine)
+        multiply_some_rows<Element, true>(end - begin, a, b + column, add, to);
+      else
+        multiply_some_rows<Element, false>(end - begin, a, b + column, add, to);
     }
 }
 

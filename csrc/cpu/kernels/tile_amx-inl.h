@@ -6,8 +6,7 @@
 // tile's rows are channels and its columns pairs of pixels.
 
 constexpr int64_t kAmxRows = 16;
-constexpr int64_t kAmxTile = kAmxRows * kLine;                   // floats of a tile that lies dense
-constexpr int64_t kColumnBytes = kChannelBlock * sizeof(float);  // the same in 32 columns
+constexpr int64_t kColumnBytes = kChannelBlock * sizeof(float);  // of a row of 32 columns
 
 struct TilePair : Pair {
   static constexpr int64_t kRowStep = kAmxRows;
@@ -46,6 +45,7 @@ inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
 // 16 or 32 rows of the product.
 template <int row_tiles>
 inline void multiply_tiles(const Pixels& a, const float* weights, float* c) {
+  const int64_t row_bytes = a.row_stride * int64_t{sizeof(float)};
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (row_tiles == 2) {
@@ -56,13 +56,13 @@ inline void multiply_tiles(const Pixels& a, const float* weights, float* c) {
     const float* lines = a.first + a.taps[tap].pixels;
     const float* b = weights + a.taps[tap].weights;
     for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
-      _tile_loadd(4, lines, kLineBytes);
+      _tile_loadd(4, lines, row_bytes);
       _tile_loadd(6, b, kColumnBytes);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, b + kLine, kColumnBytes);
       _tile_dpbf16ps(1, 4, 7);
       if constexpr (row_tiles == 2) {
-        _tile_loadd(5, lines + kAmxTile, kLineBytes);
+        _tile_loadd(5, lines + kAmxRows * a.row_stride, row_bytes);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }
@@ -86,7 +86,7 @@ inline void multiply<TilePair>(Pixels a, const float* b, float* c, int64_t rows)
       multiply_tiles<2>(a, b, c);
     else
       multiply_tiles<1>(a, b, c);
-    a.first += 2 * kAmxTile;
+    a.first += 2 * kAmxRows * a.row_stride;
     c += 2 * kAmxRows * kChannelBlock;
   }
 }

@@ -114,10 +114,10 @@ struct Products {
   void multiply_tiles(const Positions& a, int64_t chunks, const float* weight,
                       int64_t weight_position, int64_t first, int64_t count) {
     const TapOffset only{};
-    const bool far = a.panel_stride > 2 * kBlockTiles * kLine;
+    const int64_t ahead = a.panel_stride > 2 * kBlockTiles * kLine ? 2 * a.panel_stride : 0;
     for (int64_t p = 0; p < kSide * kSide; ++p) {
       const float* lines = a.lines + p * a.position_stride + first * kLine;
-      multiply<Single>(Pixels{lines, a.panel_stride, &only, 1, chunks, far},
+      multiply<Single>(Pixels{lines, kLine, a.panel_stride, &only, 1, chunks, ahead},
                        weight + p * weight_position, values + p * kPosition, count);
     }
   }
