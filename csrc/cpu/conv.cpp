@@ -80,9 +80,10 @@ std::optional<BatchNorm> check_prologue(const char* op, const Tensor& x,
 }
 
 std::tuple<int64_t, bool, bool, bool> conv_method_cpu(const Tensor& x, const Tensor& weight,
-                                                int64_t stride, int64_t padding, int64_t dilation,
-                                                int64_t groups, bool normalised, bool backward,
-                                                bool wants_dx) {
+                                                      int64_t stride, int64_t padding,
+                                                      int64_t dilation, int64_t groups,
+                                                      bool normalised, bool backward,
+                                                      bool wants_dx) {
   constexpr const char* op = "conv_method";
   const ConvShape s = check_conv(op, x, weight, stride, padding, dilation, groups);
   const DType dtype = dtype_of(op, x);
