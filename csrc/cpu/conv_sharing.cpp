@@ -76,14 +76,10 @@ ConvPlan plan_shared(const ConvShape& s, ConvMethod method, int64_t place_bytes)
   return ConvPlan(s, method, place_bytes, kSharedBytes, 1);
 }
 
-// All pixels in one block.
-ConvPlan plan_whole(const ConvShape& s, ConvMethod method, int64_t place_bytes) {
-  return ConvPlan(s, method, place_bytes, std::numeric_limits<int64_t>::max() / 2, 1);
-}
-
-// Nothing is staged that would have to find room in a cache: a block for every thread.
-ConvPlan plan_in_place(const ConvShape& s, int64_t blocks) {
-  return ConvPlan(s, {.in_place = true}, 1, std::numeric_limits<int64_t>::max() / 2, blocks);
+// All pixels in one block, or in one for each of some threads.
+ConvPlan plan_whole(const ConvShape& s, ConvMethod method, int64_t place_bytes,
+                    int64_t threads = 1) {
+  return ConvPlan(s, method, place_bytes, std::numeric_limits<int64_t>::max() / 2, threads);
 }
 
 // Staged pixels of a block of a thread's own.
@@ -410,8 +406,10 @@ Sharing share_forward(const ConvShape& s, DType dtype, bool normalised) {
         padded_size(whole) / table.conv_line_channels(method.tile, dtype) * kLineBytes;
     const int64_t whole_bytes = int64_t{sizeof(float)} * table.conv_staged_floats(whole, dtype);
     const bool by_channels = preference(method) * threads() * weight_bytes > 2 * whole_bytes;
+    // Nothing is staged then that would have to find room in a cache.
     if (!normalised && !method.patches && reads_in_place(s, dtype))
-      return {by_channels, plan_in_place(s, by_channels ? 1 : threads())};
+      return {by_channels,
+              plan_whole(s, {.in_place = true}, place_bytes, by_channels ? 1 : threads())};
     if (by_channels) return {true, plan_shared(s, method, place_bytes)};
     return {false, plan_blocks(s, method, place_bytes, 1)};
   });
