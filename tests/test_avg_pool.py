@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import channels_last
 from tolerances import assert_no_worse
 from torch import Tensor, nn
 
@@ -28,10 +29,6 @@ SHAPES = {
     "long_sums": (1, 8, 40, 300),
     "all_threads": (4, 64, 40, 40),
 }
-
-
-def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def run(module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:

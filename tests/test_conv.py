@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import channels_last
 from tolerances import ERROR_RATIO, assert_no_worse, error
 from torch import Tensor, nn
 from torchvision.models import resnet
@@ -99,10 +100,6 @@ def threads() -> Iterator[Callable[[int], None]]:
     count = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(count)
-
-
-def channels_last(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def normalized(x: Tensor) -> Normalized:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from layouts import channels_last
 from tolerances import assert_no_worse, error
 from torch import Tensor, nn
 
@@ -27,10 +28,6 @@ from fastresnet.ops import Geometry, Normalized, choice, conv_graph
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 _ops = torch.ops.fastresnet
-
-
-def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 @pytest.fixture(autouse=True)

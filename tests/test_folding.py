@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from layouts import channels_last
 from tolerances import assert_no_worse
 from torch import Tensor, nn
 
@@ -81,10 +82,6 @@ def by_ours(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture(params=["by_cudnn", "by_ours"])
 def calls(request: pytest.FixtureRequest) -> list[str]:
     return request.getfixturevalue(request.param)
-
-
-def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def used(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import channels_last
 from tolerances import assert_no_worse
 from torch import Tensor, nn
 
@@ -48,10 +49,6 @@ WINDOWS = {
 def kernels_at_every_level(monkeypatch):
     """The kernels are to be right on every level, also where torch's are preferred."""
     monkeypatch.setattr(ops.max_pool, "_LEVELS", torch.ops.fastresnet.isa_levels())
-
-
-def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def names(windows: tuple[int, int, int]) -> dict[str, int]:

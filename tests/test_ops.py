@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import channels_last
 from tolerances import assert_no_worse, error
 from torch import Tensor
 
@@ -27,10 +28,6 @@ SHAPES = {
     "one_image": (1, 32, 13, 9),
     "all_threads": (4, 64, 40, 40),
 }
-
-
-def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def arguments(shape: tuple[int, ...], dtype: torch.dtype, form: str, mean: float = 0.3) -> dict:

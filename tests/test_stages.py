@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 import torchvision
+from layouts import channels_last
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,10 +18,6 @@ from fastresnet.nn import stages
 from fastresnet.ops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def call(module, dual: bool, leaves: list[Tensor]):
