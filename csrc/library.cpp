@@ -103,6 +103,10 @@ STABLE_TORCH_LIBRARY(fastresnet, m) {
   m.def(
       "conv_relu(Tensor x, Tensor packed, int[] weight_size, Tensor? bias, Tensor? residual, "
       "bool relu, int stride, int padding, int dilation, int groups) -> Tensor");
+  // Several of them as one. steps: for each what it reads, x (0) or the output of a step (from 1
+  // on), what it adds (-1: nothing), whether there is a ReLU, then weight_size, stride, padding,
+  // dilation and groups.
+  m.def("conv_relu_sequence(Tensor x, Tensor[] packed, Tensor?[] bias, int[] steps) -> Tensor");
   m.def(
       "conv_pack(Tensor x, Tensor weight, int stride, int padding, int dilation, int groups) "
       "-> Tensor");

@@ -333,7 +333,7 @@ def test_other_torchvision_networks(name, options, expected):
         found = forward_ops(model, x)
         # With the max-pool behind it, or folded into the convolution in front, where a level has a
         # kernel for that.
-        found["bn_relu"] += found.pop("bn_relu_max_pool", 0) + found.pop("conv_relu", 0)
+        found["bn_relu"] += found.pop("bn_relu_max_pool", 0) + found.pop("conv_relu_sequence", 0)
         assert found == expected
 
 
@@ -350,11 +350,12 @@ def test_layer_getter_over_a_converted_backbone():
         after = getter(x)
         for key in before:
             torch.testing.assert_close(after[key], before[key], rtol=1e-3, atol=1e-4)
-        # Folded, but for the first block, whose input is NCHW, where a level has a kernel for that.
-        folded = {"bn_relu": 1, "bn_add_relu": 1, "conv_relu": 17}
+        # Folded, a call a block, but for the first one, whose input is NCHW, where a level has a
+        # kernel for that.
+        folded = {"bn_relu": 1, "bn_add_relu": 1, "conv_relu_sequence": 7}
         apart = {"bn_relu": 8, "bn_add_relu": 5, "bn_add_bn_relu": 3}
         found = forward_ops(getter, x)
-        assert found == (folded if "conv_relu" in found else apart)
+        assert found == (folded if "conv_relu_sequence" in found else apart)
 
 
 @pytest.mark.parametrize("function", [convert, revert])

@@ -67,15 +67,16 @@ def by_ours(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     if not has_ours:
         pytest.skip("no convolutions of our own here")
     seen: list[str] = []
-    launch = ops.launch_conv_relu
+    call = ops.ConvSequence.__call__
 
-    def record(x, weight, bias, residual=None, *, relu=True, **geometry):
-        assert isinstance(weight, ops.PackedWeight)
-        if relu:
-            seen.append("relu" if residual is None else "add_relu")
-        return launch(x, weight, bias, residual, relu=relu, **geometry)
+    def record(sequence: ops.ConvSequence, x: Tensor) -> Tensor:
+        for step in sequence.steps:
+            assert isinstance(step.weight, ops.PackedWeight)
+            if step.relu:
+                seen.append("relu" if step.residual is None else "add_relu")
+        return call(sequence, x)
 
-    monkeypatch.setattr(ops, "launch_conv_relu", record)
+    monkeypatch.setattr(ops.ConvSequence, "__call__", record)
     return seen
 
 
@@ -554,6 +555,93 @@ def test_a_fold_is_for_every_size(calls: list[str], block: nn.Module) -> None:
         predict(block, channels_last(2, 32, 6, 6))
 
 
+@needs_ours
+def test_a_network_is_one_call_until_something_in_it_changes() -> None:
+    model = used(small_network("bottleneck"))
+    x = channels_last(2, 3, 40, 40)
+    predict(model, x)
+
+    def sequences() -> int:
+        with torch.profiler.profile() as profile:
+            found = predict(model, x)
+        twin = fastresnet.revert(copy.deepcopy(model))
+        torch.testing.assert_close(found, predict(twin, x), rtol=1e-3, atol=1e-3)
+        events = {event.key: event.count for event in profile.key_averages()}
+        assert "aten::batch_norm" not in events
+        return events["fastresnet::conv_relu_sequence"]
+
+    assert sequences() == 2, "the stem and all blocks"
+    blocks = 5
+    handle = model.layer3[0].register_forward_hook(lambda _module, _args, y: None)
+    sequences()
+    assert sequences() == 1 + blocks
+    handle.remove()
+    assert sequences() == 2
+    handle = model.layer2.register_forward_hook(lambda _module, _args, y: 2 * y)
+    sequences()
+    assert sequences() == 1 + blocks
+    handle.remove()
+    with torch.no_grad():
+        model.layer4[0].conv3.weight.mul_(2)
+    sequences()
+    assert sequences() == 2
+
+
+@needs_ours
+def test_a_block_by_itself_and_in_a_network_are_both_kept() -> None:
+    model = used(small_network("basic"))
+    x, inside = channels_last(2, 3, 40, 40), channels_last(2, 64, 10, 10)
+    predict(model, x)
+    predict(model.layer1[0], inside)
+    without_folding(model, x)
+    without_folding(model.layer1[0], inside)
+    model.layer1[0].conv2.weight.data.mul_(2)
+    model.eval()
+    twin = fastresnet.revert(copy.deepcopy(model))
+    for part, other, images in ((model, twin, x), (model.layer1[0], twin.layer1[0], inside)):
+        torch.testing.assert_close(predict(part, images), predict(other, images))
+
+
+@needs_ours
+def test_one_value_a_channel_is_folded() -> None:
+    model = used(fastresnet.resnet18(num_classes=10))
+    x = channels_last(1, 3, 32, 32)
+    predict(model, x)
+    with torch.profiler.profile() as profile:
+        found = predict(model, x)
+    assert "aten::convolution" not in {event.key for event in profile.key_averages()}
+    twin = fastresnet.revert(copy.deepcopy(model))
+    torch.testing.assert_close(found, predict(twin, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["eval", "gradients"])
+def test_a_stem_notices_writes_past_its_versions(change: str) -> None:
+    model = used(fastresnet.resnet18(num_classes=10))
+    x = channels_last(2, 3, 40, 40)
+    predict(model, x)
+    model.conv1.weight.data.mul_(2)
+    model.eval() if change == "eval" else model(x)
+    twin = fastresnet.revert(copy.deepcopy(model))
+    torch.testing.assert_close(predict(model, x), predict(twin, x), rtol=1e-4, atol=1e-4)
+
+
+@needs_ours
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_a_pool_behind_a_folded_convolution_is_torchs(value: float) -> None:
+    layers = [nn.Conv2d(3, 32, 7, 2, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    model = used(FusedSequential(*layers))
+    x = channels_last(2, 3, 41, 37)
+    torchs = predict(nn.Sequential(*model), x)
+    with torch.profiler.profile() as profile:
+        found = predict(model, x)
+    assert "aten::max_pool2d" not in {event.key for event in profile.key_averages()}
+    torch.testing.assert_close(found, torchs, rtol=1e-4, atol=1e-4)
+    x[1, 2, 3, 4] = value
+    found, torchs = predict(model, x), predict(nn.Sequential(*model), x)
+    assert torch.equal(found[:1].isfinite(), torchs[:1].isfinite())
+    torch.testing.assert_close(found, torchs, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 def test_branches_that_do_not_meet_are_torchs(calls: list[str]) -> None:
     # Of even sizes they do.
     shortcut = nn.Sequential(nn.Conv2d(64, 128, 2, 2), nn.BatchNorm2d(128))
@@ -633,10 +721,10 @@ def test_copies_pickles_and_memory(calls: list[str], block: nn.Module) -> None:
     assert abs(len(pickle.dumps(block)) - size) < 100
     for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         assert torch.equal(predict(other, x), expected)
-    before = len(fastresnet.nn.folding._folds)
+    before = len(fastresnet.nn.fold_store._entries)
     block = other = None
     gc.collect()
-    assert len(fastresnet.nn.folding._folds) < before
+    assert len(fastresnet.nn.fold_store._entries) < before
 
 
 def test_what_float16_cannot_hold_is_not_folded(by_cudnn: list[str], block: nn.Module) -> None:

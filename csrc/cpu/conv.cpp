@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "batch_norm.h"
@@ -87,9 +88,9 @@ std::tuple<int64_t, bool, bool, bool> conv_method_cpu(const Tensor& x, const Ten
   constexpr const char* op = "conv_method";
   const ConvShape s = check_conv(op, x, weight, stride, padding, dilation, groups);
   const DType dtype = dtype_of(op, x);
-  const ConvPlan plan = (backward ? share_backward(s, dtype, normalised, wants_dx)
-                                  : share_forward(s, dtype, normalised))
-                            .plan;
+  const auto sharing = backward ? share_backward(s, dtype, normalised, wants_dx)
+                                : share_forward(s, dtype, normalised);
+  const ConvPlan& plan = sharing->plan;
   return {plan.tile, plan.by_places, plan.patches, plan.in_place};
 }
 
@@ -114,10 +115,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(
   p.y = y.mutable_data_ptr();
   p.past_caches = past_caches(y);
 
-  const Sharing sharing = share_forward(s, dtype, prologue.has_value());
-  p.plan = &sharing.plan;
-  const WeightPacking packing(weight, sharing.plan, dtype, false);
-  const OutputMoments moments = forward(p, sharing, packing);
+  const auto sharing = share_forward(s, dtype, prologue.has_value());
+  p.plan = &sharing->plan;
+  const WeightPacking packing(weight, sharing->plan, dtype, false);
+  const OutputMoments moments = forward(p, *sharing, packing);
 
   Tensor mean = empty_vector(x, s.out_channels), var = empty_vector(x, s.out_channels);
   moments.merge(mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>());
@@ -129,9 +130,9 @@ Tensor conv_pack_cpu(const Tensor& x, const Tensor& weight, int64_t stride, int6
   constexpr const char* op = "conv_pack";
   const ConvShape s = check_conv(op, x, weight, stride, padding, dilation, groups);
   const DType dtype = dtype_of(op, x);
-  const Sharing sharing = share_forward(s, dtype, false);
-  const WeightPacking packing(weight, sharing.plan, dtype, false);
-  Tensor packed = empty_vector(x, packing.floats());
+  const auto sharing = share_forward(s, dtype, false);
+  const WeightPacking packing(weight, sharing->plan, dtype, false);
+  Tensor packed = new_result({packing.floats()}, ScalarType::Float, MemoryFormat::Contiguous);
   packing.pack_all(packed.mutable_data_ptr<float>());
   return packed;
 }
@@ -142,18 +143,18 @@ Tensor conv_relu_cpu(const Tensor& x, const Tensor& packed, std::vector<int64_t>
   constexpr const char* op = "conv_relu";
   const ConvShape s = check_conv(op, x, weight_size, stride, padding, dilation, groups);
   const DType dtype = dtype_of(op, x);
-  const Sharing sharing = share_forward(s, dtype, false);
+  const auto sharing = share_forward(s, dtype, false);
   check(packed.dim() == 1 && packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
             packed.device() == x.device(),
         op, ": expected packed as conv_pack makes it, got ", shape(packed), " of ",
         torch::headeronly::toString(packed.scalar_type()));
-  const WeightPacking packing(packed.const_data_ptr<float>(), sharing.plan, dtype);
+  const WeightPacking packing(packed.const_data_ptr<float>(), sharing->plan, dtype);
   check(packed.numel() == packing.floats(), op, ": expected packed of ", packing.floats(),
         " values, for inputs of this size and this number of threads, got ", packed.numel());
 
   Tensor y = new_output(s, x);
   ConvForwardParams p{};
-  p.plan = &sharing.plan;
+  p.plan = &sharing->plan;
   p.dtype = dtype;
   p.x = x.const_data_ptr();
   p.y = y.mutable_data_ptr();
@@ -165,8 +166,39 @@ Tensor conv_relu_cpu(const Tensor& x, const Tensor& packed, std::vector<int64_t>
     check_like_input(op, "residual", *residual, y);
     p.residual = residual->const_data_ptr();
   }
-  forward(p, sharing, packing);
+  forward(p, *sharing, packing);
   return y;
+}
+
+Tensor conv_relu_sequence_cpu(const Tensor& x, std::vector<Tensor> packed,
+                              std::vector<std::optional<Tensor>> bias, std::vector<int64_t> steps) {
+  constexpr const char* op = "conv_relu_sequence";
+  constexpr size_t kStepInts = 11;
+  const size_t count = packed.size();
+  check(count > 0 && bias.size() == count && steps.size() == count * kStepInts, op,
+        ": expected a weight, a bias and ", kStepInts, " numbers for each step, got ", count, ", ",
+        bias.size(), " and ", steps.size());
+  std::vector<std::optional<Tensor>> outputs{x};
+  const auto last_reader = [&](int64_t output) {
+    size_t last = 0;
+    for (size_t i = 0; i < count; ++i)
+      if (steps[i * kStepInts] == output || steps[i * kStepInts + 1] == output) last = i;
+    return last;
+  };
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t* s = &steps[i * kStepInts];
+    const auto [source, residual] = std::pair(s[0], s[1]);
+    check(source >= 0 && source <= int64_t(i) && residual >= -1 && residual <= int64_t(i), op,
+          ": expected step ", i + 1, " to read what comes before it, got ", source, " and ",
+          residual);
+    Tensor y = conv_relu_cpu(*outputs[source], packed[i], {s + 3, s + 7}, bias[i],
+                             residual < 0 ? std::nullopt : outputs[residual], s[2] != 0, s[7], s[8],
+                             s[9], s[10]);
+    for (const int64_t read : {source, residual})
+      if (read >= 0 && last_reader(read) == i) outputs[read].reset();
+    outputs.push_back(std::move(y));
+  }
+  return *outputs.back();
 }
 
 Tensor empty_sums(const Tensor& like, int64_t channels) {
@@ -228,15 +260,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_backward_cpu(
     if (addend_mask) p.addend_mask = check_mask(op, *addend_mask, x);
   }
 
-  const Sharing sharing = share_backward(s, dtype, prologue.has_value(), wants_dx);
-  p.plan = &sharing.plan;
+  const auto sharing = share_backward(s, dtype, prologue.has_value(), wants_dx);
+  p.plan = &sharing->plan;
   if (wants_dx) {
     p.dx = dx.mutable_data_ptr();
     p.past_caches = past_caches(dx);
   }
-  const WeightPacking packing(weight, sharing.plan, dtype, true);
-  WeightGradient dweight(weight, sharing.plan);
-  const std::vector<double> x_sums = backward(p, sharing, packing, dweight);
+  const WeightPacking packing(weight, sharing->plan, dtype, true);
+  WeightGradient dweight(weight, sharing->plan);
+  const std::vector<double> x_sums = backward(p, *sharing, packing, dweight);
 
   Tensor dx_sums = empty_sums(x, prologue && wants_dx ? s.channels : 0);
   double* total = dx_sums.mutable_data_ptr<double>();
@@ -255,5 +287,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastresnet, CPU, m) {
   m.impl("conv_stats", TORCH_BOX(&conv_stats_cpu));
   m.impl("conv_pack", TORCH_BOX(&conv_pack_cpu));
   m.impl("conv_relu", TORCH_BOX(&conv_relu_cpu));
+  m.impl("conv_relu_sequence", TORCH_BOX(&conv_relu_sequence_cpu));
   m.impl("conv_bn_backward", TORCH_BOX(&conv_bn_backward_cpu));
 }

@@ -27,6 +27,7 @@
 #pragma once
 
 #include <algorithm>
+#include <compare>
 #include <cstdint>
 #include <vector>
 
@@ -41,6 +42,8 @@ struct ConvShape {
   int64_t out_height, out_width, out_channels;
   int64_t kernel_height, kernel_width, stride, padding, dilation;
   int64_t groups;
+
+  auto operator<=>(const ConvShape&) const = default;
 };
 
 struct Phase {

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
+#include <mutex>
 
 #include "batch_norm.h"
 #include "cpu/isa.h"
@@ -395,9 +397,7 @@ Sharing cheapest(const ConvShape& s, DType dtype, bool may_be_patches, Share sha
 // which a cache of a thread's own has room for few.
 int64_t preference(ConvMethod method) { return method.image_step > 0 ? 4 : 1; }
 
-}  // namespace
-
-Sharing share_forward(const ConvShape& s, DType dtype, bool normalised) {
+Sharing find_forward(const ConvShape& s, DType dtype, bool normalised) {
   const KernelTable& table = kernels();
   return cheapest(s, dtype, !normalised, [&](ConvMethod method) -> Sharing {
     const int64_t place_bytes = input_bytes(s, method, dtype);
@@ -415,7 +415,7 @@ Sharing share_forward(const ConvShape& s, DType dtype, bool normalised) {
   });
 }
 
-Sharing share_backward(const ConvShape& s, DType dtype, bool normalised, bool wants_dx) {
+Sharing find_backward(const ConvShape& s, DType dtype, bool normalised, bool wants_dx) {
   constexpr int64_t kLeastPixels = 256;
   return cheapest(s, dtype, !normalised && !wants_dx, [&](ConvMethod method) -> Sharing {
     const int64_t place_bytes =
@@ -427,6 +427,42 @@ Sharing share_backward(const ConvShape& s, DType dtype, bool normalised, bool wa
       return {true, plan_shared(s, method, place_bytes)};
     return {false, plan_blocks(s, method, place_bytes, kLeastPixels)};
   });
+}
+
+// All that the choice depends on; the level stays as it is.
+struct Problem {
+  ConvShape shape;
+  DType dtype;
+  bool normalised, backward, wants_dx;
+  int64_t threads;
+
+  auto operator<=>(const Problem&) const = default;
+};
+
+Sharing find(const Problem& p) {
+  return p.backward ? find_backward(p.shape, p.dtype, p.normalised, p.wants_dx)
+                    : find_forward(p.shape, p.dtype, p.normalised);
+}
+
+std::shared_ptr<const Sharing> remembered(const Problem& problem) {
+  constexpr size_t kMost = 4096;  // inputs of ever new sizes would fill the memory
+  static std::mutex mutex;
+  static std::map<Problem, std::shared_ptr<const Sharing>> known;
+  const std::lock_guard lock(mutex);
+  if (const auto it = known.find(problem); it != known.end()) return it->second;
+  if (known.size() == kMost) known.clear();
+  return known.emplace(problem, std::make_shared<const Sharing>(find(problem))).first->second;
+}
+
+}  // namespace
+
+std::shared_ptr<const Sharing> share_forward(const ConvShape& s, DType dtype, bool normalised) {
+  return remembered({s, dtype, normalised, false, false, threads()});
+}
+
+std::shared_ptr<const Sharing> share_backward(const ConvShape& s, DType dtype, bool normalised,
+                                              bool wants_dx) {
+  return remembered({s, dtype, normalised, true, wants_dx, threads()});
 }
 
 OutputMoments::OutputMoments(int64_t groups, int64_t channels)

@@ -9,6 +9,7 @@
 // channels than threads, they share out the pixels too.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "cpu/conv_params.h"
@@ -20,9 +21,11 @@ struct Sharing {
   bool by_channels;
   ConvPlan plan;
 };
-// normalised: a batch norm and ReLU come before the convolution.
-Sharing share_forward(const ConvShape& s, DType dtype, bool normalised);
-Sharing share_backward(const ConvShape& s, DType dtype, bool normalised, bool wants_dx);
+// What was found for a convolution is kept for the next step. normalised: a batch norm and ReLU
+// come before it.
+std::shared_ptr<const Sharing> share_forward(const ConvShape& s, DType dtype, bool normalised);
+std::shared_ptr<const Sharing> share_backward(const ConvShape& s, DType dtype, bool normalised,
+                                              bool wants_dx);
 
 // Moments of y, group by group of its rows.
 class OutputMoments {

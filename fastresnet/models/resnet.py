@@ -24,6 +24,8 @@ from torchvision.models import (
 
 from ..nn.average_pool import average_pool
 from ..nn.batch_norm import to_kernel_layout
+from ..nn.classifier import classify
+from ..nn.fold_store import Foldable, forget_folds
 from ..nn.stages import run_stages
 from ..nn.stem import run_stem
 from .convert import fused_builder, fuses, scriptable_twin
@@ -54,7 +56,7 @@ __all__ = [
 
 
 @fuses(torchvision.models.ResNet)
-class ResNet(torchvision.models.ResNet):
+class ResNet(Foldable, torchvision.models.ResNet):
     """``torchvision.models.ResNet`` that runs in channels_last, its stem fused.
 
     The blocks are fused where ``block`` is :class:`fastresnet.nn.BasicBlock` or
@@ -62,13 +64,15 @@ class ResNet(torchvision.models.ResNet):
     """
 
     def _forward_impl(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            forget_folds(self)
         x = to_kernel_layout(x)
         x, source = run_stem(self.conv1, self.bn1, self.relu, self.maxpool, x)
         x = run_stages([self.layer1, self.layer2, self.layer3, self.layer4], x, source)
 
         x = average_pool(self.avgpool, x)
         x = torch.flatten(x, 1)
-        return self.fc(x)
+        return classify(self.fc, x)
 
     def __prepare_scriptable__(self) -> torchvision.models.ResNet:
         return scriptable_twin(self)

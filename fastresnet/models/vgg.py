@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 
+import torch
 import torchvision
 from torch import Tensor
 from torchvision.models import (
@@ -16,6 +17,8 @@ from torchvision.models import (
 )
 
 from ..nn.batch_norm import to_kernel_layout
+from ..nn.classifier import classify
+from ..nn.fold_store import Foldable, forget_folds
 from .convert import fused_builder, fuses, scriptable_twin
 
 __all__ = [
@@ -32,7 +35,7 @@ __all__ = [
 
 
 @fuses(torchvision.models.VGG)
-class VGG(torchvision.models.VGG):
+class VGG(Foldable, torchvision.models.VGG):
     """``torchvision.models.VGG`` that runs in channels_last.
 
     Batch norm and ReLU are fused where ``features`` is a :class:`fastresnet.nn.FusedSequential`.
@@ -40,7 +43,12 @@ class VGG(torchvision.models.VGG):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, num_classes]."""
-        return super().forward(to_kernel_layout(x))
+        if torch.is_grad_enabled():
+            forget_folds(self)
+        x = self.features(to_kernel_layout(x))
+        x = self.avgpool(x)
+        x = torch.flatten(x, 1)
+        return classify(self.classifier, x)
 
     def __prepare_scriptable__(self) -> torchvision.models.VGG:
         return scriptable_twin(self)

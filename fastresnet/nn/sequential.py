@@ -10,7 +10,8 @@ from torch import nn
 
 from .batch_norm import fused_call, materialize
 from .chain import run_chain
-from .folding import Foldable, forget_folds, run_folded
+from .fold_store import Foldable, forget_folds
+from .folding import run_folded
 from .stem import pooled_stem
 
 _POOLED = [nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]

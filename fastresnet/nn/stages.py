@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stages of residual blocks run as one chain, where nobody can look between two blocks.
 
+In inference all of them are one call. In training:
+
 On the CPU a block is one node (:mod:`fastresnet.nn.residual`), and is told in the chain what its
 input is made of, to save that.
 
@@ -22,7 +24,8 @@ from torch import Tensor, nn
 from ..ops import Fork
 from .batch_norm import has_hooks
 from .blocks import BasicBlock, Bottleneck
-from .folding import forget_folds
+from .fold_store import forget_folds
+from .folded_blocks import folded_blocks
 from .join import Join
 from .links import runs_as_node
 from .residual import residual_block
@@ -42,14 +45,20 @@ def run_stages(stages: Sequence[nn.Module], x: Any, source: Join | None = None) 
         x: what the first is called with; chained is [N, C, H, W].
         source: what ``x`` is made of, if that is saved for backward.
     """
-    if torch.is_grad_enabled():
+    is_training = torch.is_grad_enabled()
+    if is_training:
         for stage in stages:
             forget_folds(stage)
-    if not _can_chain(stages, x):
-        for stage in stages:
-            x = stage(x)
-        return x
-    return _CHAINS[x.device.type]([block for stage in stages for block in stage], x, source)
+    blocks = _plain_blocks(stages)
+    if blocks and not is_training:
+        out = folded_blocks(blocks, x)
+        if out is not None:
+            return out
+    if blocks is not None and runs_as_node(x) and x.device.type in _CHAINS:
+        return _CHAINS[x.device.type](blocks, x, source)
+    for stage in stages:
+        x = stage(x)
+    return x
 
 
 def _run_nodes(blocks: Sequence[Block], x: Tensor, source: Join | None) -> Tensor:
@@ -81,17 +90,14 @@ def _run_forks(blocks: Sequence[Block], x: Tensor, _source: Join | None) -> Tens
 _CHAINS = {"cpu": _run_nodes, "cuda": _run_forks}
 
 
-def _can_chain(stages: Sequence[nn.Module], x: Any) -> bool:
-    return (
-        runs_as_node(x)
-        and x.device.type in _CHAINS
-        and all(
-            type(stage) in (nn.Sequential, FusedSequential)
-            and not has_hooks(stage)
-            and all(map(_is_plain_block, stage))
-            for stage in stages
-        )
-    )
+def _plain_blocks(stages: Sequence[nn.Module]) -> list[Block] | None:
+    """The blocks of the stages; None where there is something else, or a hook that sees them."""
+    blocks: list[Block] = []
+    for stage in stages:
+        if type(stage) not in (nn.Sequential, FusedSequential) or has_hooks(stage):
+            return None
+        blocks += stage
+    return blocks if all(map(_is_plain_block, blocks)) else None
 
 
 def _is_plain_block(block: nn.Module) -> bool:

@@ -26,13 +26,16 @@ from .conv import (
 )
 from .conv_graph import Geometry
 from .conv_relu import PackedWeight, conv_relu, has_conv_relu_kernel, launch_conv_relu
+from .conv_sequence import ConvSequence
 from .max_pool import bn_relu_max_pool, has_max_pool_kernel
-from .reference import ConvGradients, Fork, Normalized
+from .reference import ConvGradients, ConvStep, Fork, Normalized
 from .warp import warp
 
 __all__ = [
     "KERNEL_DTYPES",
     "ConvGradients",
+    "ConvSequence",
+    "ConvStep",
     "Fork",
     "Geometry",
     "Normalized",

@@ -28,12 +28,17 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def has_kernel(x: Tensor) -> bool:
     """Whether the compiled operators take ``x``: float32, bfloat16 or float16 of [N, C, H, W],
     dense in channels_last, more than one value a channel, on a device whose library is loaded."""
+    return is_kernel_input(x) and x.numel() > x.shape[1]
+
+
+def is_kernel_input(x: Tensor) -> bool:
+    """:func:`has_kernel` for operators that take one value a channel too."""
     return (
         _extension.takes(x.device)
         and x.dtype in KERNEL_DTYPES
         and x.dim() == 4
         and x.is_contiguous(memory_format=torch.channels_last)
-        and x.numel() > x.shape[1]
+        and x.numel() > 0
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import _extension
 from . import choice, conv_graph, reference
-from .bn_act import KERNEL_DTYPES, has_kernel
+from .bn_act import KERNEL_DTYPES, has_kernel, is_kernel_input
 from .reference import ConvGradients, Normalized
 
 # Where the kernels are the faster convolutions, as measured. Without instructions for it they
@@ -35,16 +35,17 @@ _MOST_STRIDE = 4  # kMaxStride of csrc/cpu/conv_params.h
 
 def has_conv_kernel(x: Tensor, weight: Tensor, groups: int = 1, stride: int = 1) -> bool:
     """Whether the compiled convolutions take ``x`` and ``weight``, and are meant for this
-    processor: a CPU tensor that :func:`fastresnet.ops.has_kernel` accepts, ``weight`` of float32,
-    bfloat16 or float16, a stride of 4 at most and, if there are several groups, as many output as
-    input channels, by groups of 1, 2, 4, 8, 16, 32 or a multiple of 32."""
+    processor: a CPU tensor that :func:`fastresnet.ops.has_kernel` accepts, or would with more than
+    one value a channel; ``weight`` of float32, bfloat16 or float16, a stride of 4 at most and, if
+    there are several groups, as many output as input channels, by groups of 1, 2, 4, 8, 16, 32 or a
+    multiple of 32."""
     width = weight.shape[1]
     return (
         (groups == 1 or weight.shape[0] == width * groups)
         and (groups == 1 or width % _CHANNEL_BLOCK == 0 or _CHANNEL_BLOCK % width == 0)
         and stride <= _MOST_STRIDE
         and x.device.type == "cpu"
-        and has_kernel(x)
+        and is_kernel_input(x)
         and weight.device == x.device
         and weight.dtype in KERNEL_DTYPES
         and x.dtype in _LEVEL_DTYPES.get(_extension.cpu_level, ())

@@ -8,7 +8,8 @@ statistics are recomputed from ``x``, so that their gradient is torch's own.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,27 @@ class ConvGradients(NamedTuple):
     bn_weight: Tensor  # [out_channels]
     bn_bias: Tensor  # [out_channels]
     sums: Tensor | None  # float64 [2, C], for the batch norm in front; None without one
+
+
+class ConvStep(NamedTuple):
+    """The arguments of a :func:`fastresnet.ops.conv_relu`.
+
+    What it reads is counted: 0 is the sequence's input, i the output of its ith step.
+    """
+
+    weight: Any  # a Tensor; where our own kernels run, a PackedWeight
+    bias: Tensor | None
+    source: int
+    residual: int | None
+    relu: bool
+    stride: int
+    padding: int
+    dilation: int
+    groups: int
+
+    @property
+    def geometry(self) -> tuple[int, int, int, int]:
+        return self.stride, self.padding, self.dilation, self.groups
 
 
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,6 +256,16 @@ def conv_relu(
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     y = y if residual is None else y + residual
     return F.relu(y) if relu else y
+
+
+def conv_relu_sequence(x: Tensor, steps: Sequence[ConvStep]) -> Tensor:
+    """:func:`conv_relu` step by step; returns the last one's output."""
+    outputs = [x]
+    for weight, bias, source, residual, relu, *geometry in steps:
+        other = None if residual is None else outputs[residual]
+        sizes = dict(zip(("stride", "padding", "dilation", "groups"), geometry, strict=True))
+        outputs.append(conv_relu(outputs[source], weight, bias, other, relu=relu, **sizes))
+    return outputs[-1]
 
 
 def bn_sums(
