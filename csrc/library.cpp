@@ -91,12 +91,12 @@ STABLE_TORCH_LIBRARY(fastresnet, m) {
       "Tensor? addend, Tensor? addend_mask, int stride, int padding, int dilation, int groups, "
       "bool wants_dx) "
       "-> (Tensor dx, Tensor dweight, Tensor dbn_weight, Tensor dbn_bias, Tensor x_sums)");
-  // How conv_stats and conv_relu or conv_bn_backward compute: outputs a side together (1: by the
-  // sum over taps), whether planes hold place after place, whether pixels are patches, and whether
-  // they are read where they lie.
+  // How conv_stats, conv_relu (of weights packed before) or conv_bn_backward compute: outputs a
+  // side together (1: by the sum over taps), whether planes hold place after place, whether pixels
+  // are patches, and whether they are read where they lie.
   m.def(
       "conv_method(Tensor x, Tensor weight, int stride, int padding, int dilation, int groups, "
-      "bool normalised, bool backward, bool wants_dx) "
+      "*, bool normalised=False, bool packed=False, bool backward=False, bool wants_dx=False) "
       "-> (int tile, bool by_places, bool patches, bool in_place)");
   // act(convolution of x + bias + residual), and the weight as that reads it with inputs of x's
   // size and the present number of threads: float32 [values].

@@ -150,7 +150,7 @@ def method(
 ) -> str:
     """Which products a convolution is made of."""
     tile, *special = torch.ops.fastresnet.conv_method(
-        x, weight, *geometry, normalised, backward, wants_dx
+        x, weight, *geometry, normalised=normalised, backward=backward, wants_dx=wants_dx
     )
     names = [
         name

@@ -232,8 +232,8 @@ def test_a_packed_weight_is_for_every_size_and_number_of_threads() -> None:
             torch.set_num_threads(threads)
             for n, side in cases:
                 x = channels_last(n, 64, side, side, dtype=dtype)
-                arguments = (x, packed.weight, 1, 1, 1, 1, False, False, False)
-                methods.add(torch.ops.fastresnet.conv_method(*arguments))
+                arguments = (x, packed.weight, 1, 1, 1, 1)
+                methods.add(torch.ops.fastresnet.conv_method(*arguments, packed=True))
                 found = ops.conv_relu(x, packed, None, x, padding=1)
                 assert torch.equal(found, ops.conv_relu(x, packed.weight, None, x, padding=1))
     finally:
@@ -241,6 +241,14 @@ def test_a_packed_weight_is_for_every_size_and_number_of_threads() -> None:
     assert len(methods) > 1
     made = [values.data_ptr() for values in packed._of_input.values()]
     assert len(set(made)) < len(made), "sizes share what they read alike"
+
+
+@needs_ours
+def test_what_is_packed_once_may_be_filtered_minimally_where_packing_would_cost_more() -> None:
+    arguments = (channels_last(1, 512, 7, 7), torch.empty(512, 512, 3, 3), 1, 1, 1, 1)
+    in_training = torch.ops.fastresnet.conv_method(*arguments)
+    in_inference = torch.ops.fastresnet.conv_method(*arguments, packed=True)
+    assert (in_training[0], in_inference[0]) == (1, 2)
 
 
 @needs_ours

@@ -83,13 +83,13 @@ std::optional<BatchNorm> check_prologue(const char* op, const Tensor& x,
 std::tuple<int64_t, bool, bool, bool> conv_method_cpu(const Tensor& x, const Tensor& weight,
                                                       int64_t stride, int64_t padding,
                                                       int64_t dilation, int64_t groups,
-                                                      bool normalised, bool backward,
+                                                      bool normalised, bool packed, bool backward,
                                                       bool wants_dx) {
   constexpr const char* op = "conv_method";
   const ConvShape s = check_conv(op, x, weight, stride, padding, dilation, groups);
   const DType dtype = dtype_of(op, x);
   const auto sharing = backward ? share_backward(s, dtype, normalised, wants_dx)
-                                : share_forward(s, dtype, normalised);
+                                : share_forward(s, dtype, normalised, packed);
   const ConvPlan& plan = sharing->plan;
   return {plan.tile, plan.by_places, plan.patches, plan.in_place};
 }
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_stats_cpu(
   p.y = y.mutable_data_ptr();
   p.past_caches = past_caches(y);
 
-  const auto sharing = share_forward(s, dtype, prologue.has_value());
+  const auto sharing = share_forward(s, dtype, prologue.has_value(), false);
   p.plan = &sharing->plan;
   const WeightPacking packing(weight, sharing->plan, dtype, false);
   const OutputMoments moments = forward(p, *sharing, packing);
@@ -130,7 +130,7 @@ Tensor conv_pack_cpu(const Tensor& x, const Tensor& weight, int64_t stride, int6
   constexpr const char* op = "conv_pack";
   const ConvShape s = check_conv(op, x, weight, stride, padding, dilation, groups);
   const DType dtype = dtype_of(op, x);
-  const auto sharing = share_forward(s, dtype, false);
+  const auto sharing = share_forward(s, dtype, false, true);
   const WeightPacking packing(weight, sharing->plan, dtype, false);
   Tensor packed = new_result({packing.floats()}, ScalarType::Float, MemoryFormat::Contiguous);
   packing.pack_all(packed.mutable_data_ptr<float>());
@@ -143,7 +143,7 @@ Tensor conv_relu_cpu(const Tensor& x, const Tensor& packed, std::vector<int64_t>
   constexpr const char* op = "conv_relu";
   const ConvShape s = check_conv(op, x, weight_size, stride, padding, dilation, groups);
   const DType dtype = dtype_of(op, x);
-  const auto sharing = share_forward(s, dtype, false);
+  const auto sharing = share_forward(s, dtype, false, true);
   check(packed.dim() == 1 && packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
             packed.device() == x.device(),
         op, ": expected packed as conv_pack makes it, got ", shape(packed), " of ",

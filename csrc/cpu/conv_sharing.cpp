@@ -369,18 +369,19 @@ bool reads_in_place(const ConvShape& s, DType dtype) {
          kernels().conv_reads_memory(dtype);
 }
 
-// What the products cost: the lines of their rows. Packing a product's weights costs what so many
-// rows of it would.
-double cost(const ConvPlan& plan, DType dtype) {
-  constexpr int64_t kPacking = 40;
-  return static_cast<double>(plan.rows_multiplied() + kPacking * plan.products()) *
+// What the products cost: the lines of their rows. A product's weights cost what so many rows of it
+// would: to be packed, or, packed before, to be read from memory.
+constexpr int64_t kPackingRows = 40, kReadingRows = 10;
+double cost(const ConvPlan& plan, DType dtype, bool packed) {
+  const int64_t rows_of_weight = packed ? kReadingRows : kPackingRows;
+  return static_cast<double>(plan.rows_multiplied() + rows_of_weight * plan.products()) *
          static_cast<double>(padded(plan.shape.channels)) /
          static_cast<double>(kernels().conv_line_channels(plan.tile, dtype));
 }
 
 // The cheapest of what share(method) makes of the methods.
 template <class Share>
-Sharing cheapest(const ConvShape& s, DType dtype, bool may_be_patches, Share share) {
+Sharing cheapest(const ConvShape& s, DType dtype, bool may_be_patches, bool packed, Share share) {
   // With fewer rows a product is not worth its begin and end.
   constexpr int64_t kLeastImages = 8;
   const std::vector<ConvMethod> all = methods(s, dtype, may_be_patches);
@@ -388,7 +389,7 @@ Sharing cheapest(const ConvShape& s, DType dtype, bool may_be_patches, Share sha
   for (size_t i = 1; i < all.size(); ++i) {
     Sharing other = share(all[i]);
     if (other.plan.by_places && other.plan.images < kLeastImages) continue;
-    if (cost(other.plan, dtype) < cost(best.plan, dtype)) best = std::move(other);
+    if (cost(other.plan, dtype, packed) < cost(best.plan, dtype, packed)) best = std::move(other);
   }
   return best;
 }
@@ -397,9 +398,9 @@ Sharing cheapest(const ConvShape& s, DType dtype, bool may_be_patches, Share sha
 // which a cache of a thread's own has room for few.
 int64_t preference(ConvMethod method) { return method.image_step > 0 ? 4 : 1; }
 
-Sharing find_forward(const ConvShape& s, DType dtype, bool normalised) {
+Sharing find_forward(const ConvShape& s, DType dtype, bool normalised, bool packed) {
   const KernelTable& table = kernels();
-  return cheapest(s, dtype, !normalised, [&](ConvMethod method) -> Sharing {
+  return cheapest(s, dtype, !normalised, packed, [&](ConvMethod method) -> Sharing {
     const int64_t place_bytes = input_bytes(s, method, dtype);
     const ConvPlan whole = plan_whole(s, method, place_bytes);
     const int64_t weight_bytes =
@@ -417,7 +418,7 @@ Sharing find_forward(const ConvShape& s, DType dtype, bool normalised) {
 
 Sharing find_backward(const ConvShape& s, DType dtype, bool normalised, bool wants_dx) {
   constexpr int64_t kLeastPixels = 256;
-  return cheapest(s, dtype, !normalised && !wants_dx, [&](ConvMethod method) -> Sharing {
+  return cheapest(s, dtype, !normalised && !wants_dx, false, [&](ConvMethod method) -> Sharing {
     const int64_t place_bytes =
         input_bytes(s, method, dtype) +
         (method.tile > 1 ? 2 : 1) * staged_bytes(s.out_channels, method.tile, dtype);
@@ -433,7 +434,7 @@ Sharing find_backward(const ConvShape& s, DType dtype, bool normalised, bool wan
 struct Problem {
   ConvShape shape;
   DType dtype;
-  bool normalised, backward, wants_dx;
+  bool normalised, packed, backward, wants_dx;
   int64_t threads;
 
   auto operator<=>(const Problem&) const = default;
@@ -441,7 +442,7 @@ struct Problem {
 
 Sharing find(const Problem& p) {
   return p.backward ? find_backward(p.shape, p.dtype, p.normalised, p.wants_dx)
-                    : find_forward(p.shape, p.dtype, p.normalised);
+                    : find_forward(p.shape, p.dtype, p.normalised, p.packed);
 }
 
 std::shared_ptr<const Sharing> remembered(const Problem& problem) {
@@ -456,13 +457,14 @@ std::shared_ptr<const Sharing> remembered(const Problem& problem) {
 
 }  // namespace
 
-std::shared_ptr<const Sharing> share_forward(const ConvShape& s, DType dtype, bool normalised) {
-  return remembered({s, dtype, normalised, false, false, threads()});
+std::shared_ptr<const Sharing> share_forward(const ConvShape& s, DType dtype, bool normalised,
+                                             bool packed) {
+  return remembered({s, dtype, normalised, packed, false, false, threads()});
 }
 
 std::shared_ptr<const Sharing> share_backward(const ConvShape& s, DType dtype, bool normalised,
                                               bool wants_dx) {
-  return remembered({s, dtype, normalised, true, wants_dx, threads()});
+  return remembered({s, dtype, normalised, false, true, wants_dx, threads()});
 }
 
 OutputMoments::OutputMoments(int64_t groups, int64_t channels)

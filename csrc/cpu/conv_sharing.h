@@ -22,8 +22,9 @@ struct Sharing {
   ConvPlan plan;
 };
 // What was found for a convolution is kept for the next step. normalised: a batch norm and ReLU
-// come before it.
-std::shared_ptr<const Sharing> share_forward(const ConvShape& s, DType dtype, bool normalised);
+// come before it. packed: its weight is packed once for many calls.
+std::shared_ptr<const Sharing> share_forward(const ConvShape& s, DType dtype, bool normalised,
+                                             bool packed);
 std::shared_ptr<const Sharing> share_backward(const ConvShape& s, DType dtype, bool normalised,
                                               bool wants_dx);
 

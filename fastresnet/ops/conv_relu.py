@@ -51,7 +51,7 @@ class PackedWeight:
         packed = self._of_input.get(key)
         if packed is None:
             tile, by_places, patches, _ = torch.ops.fastresnet.conv_method.default(
-                x, self.weight, *geometry, normalised=False, backward=False, wants_dx=False
+                x, self.weight, *geometry, packed=True
             )
             # Place by place, what no place of the map meets is left out.
             sides = x.shape[2:] if by_places else None
