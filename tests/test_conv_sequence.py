@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,6 +73,34 @@ def test_a_sequence_is_its_steps(case: tuple[tuple[int, ...], list[ops.ConvStep]
     torchs = reference.conv_relu_sequence(x, rounded)
     scale = max(1.0, exact.abs().max().item())
     assert_no_worse(second, torchs, exact, "y", len(steps) * scale)
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "other"])
+@torch.no_grad()
+def test_what_nothing_reads_any_more_is_freed(monkeypatch: pytest.MonkeyPatch, ours: bool) -> None:
+    weight = torch.randn(8, 8, 1, 1)
+    steps = []
+    for index in range(6):
+        residual = index - 1 if index % 2 else None
+        rest = (None, index, residual, True, 1, 0, 1, 1)
+        steps.append(ops.ConvStep(ops.PackedWeight(weight) if ours else weight, *rest))
+    made: list[weakref.ref[Tensor]] = []
+    alive = 0
+
+    def launch(x, weight, bias, residual, **settings) -> Tensor:
+        nonlocal alive
+        alive = max(alive, sum(tensor() is not None for tensor in made))
+        values = weight.weight if ours else weight
+        y = reference.conv_relu(x, values, bias, residual, **settings)
+        made.append(weakref.ref(y))
+        return y
+
+    monkeypatch.setattr(sys.modules["fastresnet.ops.conv_sequence"], "launch_conv_relu", launch)
+    x = channels_last(1, 8, 3, 3)
+    expected = reference.conv_relu_sequence(x, [step._replace(weight=weight) for step in steps])
+    assert torch.equal(ops.ConvSequence(steps)(x), expected)
+    assert len(made) == 6
+    assert alive == 2
 
 
 def two_steps() -> tuple[Tensor, list[Tensor], list[Tensor | None], list[int]]:

@@ -4,7 +4,8 @@ them takes as long as a small convolution where Python does it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,50 +28,67 @@ class ConvSequence:
 
     def __init__(self, steps: Sequence[ConvStep]) -> None:
         self.steps = tuple(steps)
-        # What the operator takes beside an input, by all that it depends on.
-        self._arguments: dict[tuple, tuple[list[Tensor], list[Tensor | None], list[int]]] = {}
+        self._last_readers: dict[int, int] = {}
+        for index, step in enumerate(self.steps):
+            self._last_readers |= dict.fromkeys(_read_by(step), index)
+        # By all that they depend on.
+        self._arguments: dict[tuple, _Arguments] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         if not all(isinstance(step.weight, PackedWeight) for step in self.steps):
-            return self._one_by_one(x)[-1]
+            return self._one_by_one(x)
         key = (x.shape, x.dtype, torch.get_num_threads())
         arguments = self._arguments.get(key)
-        if arguments is None:
-            outputs = self._one_by_one(x)
-            if len(self._arguments) == _MOST_SHAPES:
-                self._arguments.clear()
-            self._arguments[key] = self._arguments_for(outputs)
-            return outputs[-1]
-        return torch.ops.fastresnet.conv_relu_sequence.default(x, *arguments)
+        if arguments is not None:
+            return torch.ops.fastresnet.conv_relu_sequence.default(x, *arguments)
+        arguments = _Arguments([], [], [])
+        y = self._one_by_one(x, arguments.add)
+        if len(self._arguments) == _MOST_SHAPES:
+            self._arguments.clear()
+        self._arguments[key] = arguments
+        return y
 
-    def _one_by_one(self, x: Tensor) -> list[Tensor]:
-        """The input, and the output of each step."""
-        outputs = [x]
-        for step in self.steps:
+    def _one_by_one(
+        self, x: Tensor, see: Callable[[ConvStep, Tensor], None] = lambda *_: None
+    ) -> Tensor:
+        """Calls ``see`` with each step and what it reads."""
+        outputs: list[Tensor | None] = [x]
+        for index, step in enumerate(self.steps):
+            source = outputs[step.source]
             residual = None if step.residual is None else outputs[step.residual]
+            see(step, source)
+            names = ("stride", "padding", "dilation", "groups")
             outputs.append(
                 launch_conv_relu(
-                    *(outputs[step.source], step.weight, step.bias, residual),
+                    *(source, step.weight, step.bias, residual),
                     relu=step.relu,
-                    stride=step.stride,
-                    padding=step.padding,
-                    dilation=step.dilation,
-                    groups=step.groups,
+                    **dict(zip(names, step.geometry, strict=True)),
                 )
             )
-        return outputs
+            del source, residual
+            for read in _read_by(step):
+                if self._last_readers[read] == index:
+                    outputs[read] = None
+        return outputs[-1]
 
-    def _arguments_for(
-        self, outputs: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor | None], list[int]]:
-        packed, biases, encoded = [], [], []
-        for step in self.steps:
-            packed.append(step.weight.for_input(outputs[step.source], *step.geometry))
-            biases.append(None if step.bias is None else step.bias.float())
-            residual = -1 if step.residual is None else step.residual
-            size = step.weight.weight.shape
-            encoded += [step.source, residual, int(step.relu), *size, *step.geometry]
-        return packed, biases, encoded
+
+class _Arguments(NamedTuple):
+    """What the operator takes beside an input."""
+
+    packed: list[Tensor]
+    biases: list[Tensor | None]
+    encoded: list[int]
+
+    def add(self, step: ConvStep, source: Tensor) -> None:
+        self.packed.append(step.weight.for_input(source, *step.geometry))
+        self.biases.append(None if step.bias is None else step.bias.float())
+        residual = -1 if step.residual is None else step.residual
+        size = step.weight.weight.shape
+        self.encoded.extend((step.source, residual, int(step.relu), *size, *step.geometry))
+
+
+def _read_by(step: ConvStep) -> list[int]:
+    return [read for read in (step.source, step.residual) if read is not None]
 
 
 if _extension.has_schemas:
