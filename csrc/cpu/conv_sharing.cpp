@@ -207,6 +207,11 @@ class PartWeight {
   PackedWeight packed_;
 };
 
+// Inference takes none.
+int64_t moment_channels(const ConvForwardParams& p) {
+  return p.inference ? 0 : p.plan->shape.out_channels;
+}
+
 OutputMoments forward_by_blocks(const ConvForwardParams& p, const WeightPacking& weight) {
   const ConvPlan& plan = *p.plan;
   const KernelTable& table = kernels();
@@ -214,7 +219,7 @@ OutputMoments forward_by_blocks(const ConvForwardParams& p, const WeightPacking&
   const int64_t panels = padded(plan.shape.channels) / table.conv_line_channels(plan.tile, p.dtype);
   const int64_t out_blocks = channel_blocks(plan.shape.out_channels);
   const int64_t floats = table.conv_staged_floats(plan, p.dtype);
-  OutputMoments moments(parts, plan.shape.out_channels);
+  OutputMoments moments(parts, moment_channels(p));
   const PackedWeight packed(weight, true);
   parallel(parts, [&](int64_t part) {
     float *staged = own_staged(floats), *window = own_window(plan);
@@ -244,7 +249,7 @@ OutputMoments forward_by_channels(const ConvForwardParams& p, const WeightPackin
   const auto share_of = [&](const ConvBlock& block) {
     return Share(block, out_channels, packed.block_bytes());
   };
-  OutputMoments moments(share_of(plan.block(0)).groups, out_channels);
+  OutputMoments moments(share_of(plan.block(0)).groups, moment_channels(p));
   for (int64_t i = 0; i < plan.blocks; ++i) {
     const ConvBlock block = plan.block(i);
     if (!plan.in_place)
@@ -474,8 +479,8 @@ OutputMoments::OutputMoments(int64_t groups, int64_t channels)
       counts_(groups) {}
 
 ConvMoments OutputMoments::of(int64_t group) {
-  double* sums = &sums_[group * 2 * channels_];
-  return {counts_[group] == 0, &shift_[group * channels_], sums, sums + channels_};
+  double* sums = sums_.data() + group * 2 * channels_;
+  return {counts_[group] == 0, shift_.data() + group * channels_, sums, sums + channels_};
 }
 
 void OutputMoments::merge(float* mean, float* var) const {
