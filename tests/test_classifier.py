@@ -9,18 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from layouts import channels_last
+from own_convolutions import needs_ours
 from tolerances import assert_no_worse
 from torch import Tensor, nn
 
 import fastresnet
-from fastresnet import ops
 from fastresnet.nn.classifier import classify
-
-with torch.no_grad():
-    has_ours = ops.has_conv_relu_kernel(
-        channels_last(1, 8, 2, 2, dtype=torch.bfloat16), torch.ones(8, 8, 1, 1)
-    )
-needs_ours = pytest.mark.skipif(not has_ours, reason="no convolutions of our own here")
 
 
 def operators(classifier: nn.Module, x: Tensor) -> tuple[Tensor, set[str]]:

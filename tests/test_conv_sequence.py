@@ -11,15 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import channels_last
+from own_convolutions import needs_ours
 from tolerances import assert_no_worse
 from torch import Tensor
 
 from fastresnet import ops
 from fastresnet.ops import reference
 
-with torch.no_grad():
-    has_ours = ops.has_conv_relu_kernel(channels_last(1, 8, 2, 2), torch.ones(8, 8, 1, 1))
-pytestmark = pytest.mark.skipif(not has_ours, reason="no convolutions of our own here")
+pytestmark = needs_ours
 
 
 @st.composite

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layouts import channels_last
+from own_convolutions import has_ours, needs_ours
 from tolerances import assert_no_worse
 from torch import Tensor, nn
 
@@ -28,12 +29,6 @@ from fastresnet.ops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CONV_RELU = sys.modules["fastresnet.ops.conv_relu"]  # the package has the function by that name
-
-with torch.no_grad():  # not on processors without AVX2, nor where the library is switched off
-    has_ours = ops.has_conv_relu_kernel(
-        torch.ones(1, 2, 2, 8).permute(0, 3, 1, 2), torch.ones(8, 8, 1, 1)
-    )
-needs_ours = pytest.mark.skipif(not has_ours, reason="no convolutions of our own here")
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from torchvision.models import (
 from ..nn.average_pool import average_pool
 from ..nn.batch_norm import to_kernel_layout
 from ..nn.classifier import classify
-from ..nn.fold_store import Foldable, forget_folds
+from ..nn.fold_store import Foldable
 from ..nn.stages import run_stages
 from ..nn.stem import run_stem
 from .convert import fused_builder, fuses, scriptable_twin
@@ -64,8 +64,6 @@ class ResNet(Foldable, torchvision.models.ResNet):
     """
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            forget_folds(self)
         x = to_kernel_layout(x)
         x, source = run_stem(self.conv1, self.bn1, self.relu, self.maxpool, x)
         x = run_stages([self.layer1, self.layer2, self.layer3, self.layer4], x, source)

@@ -18,7 +18,7 @@ from torchvision.models import (
 
 from ..nn.batch_norm import to_kernel_layout
 from ..nn.classifier import classify
-from ..nn.fold_store import Foldable, forget_folds
+from ..nn.fold_store import Foldable
 from .convert import fused_builder, fuses, scriptable_twin
 
 __all__ = [
@@ -43,8 +43,6 @@ class VGG(Foldable, torchvision.models.VGG):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, num_classes]."""
-        if torch.is_grad_enabled():
-            forget_folds(self)
         x = self.features(to_kernel_layout(x))
         x = self.avgpool(x)
         x = torch.flatten(x, 1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .batch_norm import has_hooks, is_transformed
-from .fold_store import keep_fold, recall_fold
+from .fold_store import forget_folds, keep_fold, recall_fold
 
 
 def classify(classifier: nn.Module, x: Any) -> Any:
@@ -22,6 +22,8 @@ def classify(classifier: nn.Module, x: Any) -> Any:
         classifier: any module; replaced are ``nn.Linear``, by itself or in an ``nn.Sequential``.
         x: what it is called with; [N, C] there.
     """
+    if torch.is_grad_enabled():
+        forget_folds(classifier)
     if type(classifier) is not nn.Sequential or has_hooks(classifier):
         return _linear(classifier, x)
     for module in classifier:

@@ -123,7 +123,7 @@ def run_steps(steps: Sequence[Step], x: Tensor) -> Tensor | None:
     is_captured = _is_captured(x)
     folds = None if is_captured else recall_fold(modules, structure)
     if folds is not None and folds.context != context:
-        folds = None
+        folds = None  # and those for this context will take their place
     if folds is not None and x.shape in folds.shapes:
         # The settings of torch and the layout of x are the same for all.
         takes = _takes(steps[0].link, x)

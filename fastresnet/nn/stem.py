@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..ops import Normalized
 from .batch_norm import PendingBatchNorm, fused_call, has_hooks, is_relu
 from .chain import run_chain
+from .fold_store import forget_folds
 from .folding import run_folded
 from .join import Join
 from .links import runs_as_node
@@ -33,6 +35,9 @@ def run_stem(
         it is made of.
     """
     modules = [conv, bn, relu, pool]
+    if torch.is_grad_enabled():
+        for module in modules:
+            forget_folds(module)
     out, count, source = run_chain(modules, x)
     if count == 0:
         out, count = run_folded(modules, x)

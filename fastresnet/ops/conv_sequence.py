@@ -57,15 +57,9 @@ class ConvSequence:
             source = outputs[step.source]
             residual = None if step.residual is None else outputs[step.residual]
             see(step, source)
-            names = ("stride", "padding", "dilation", "groups")
-            outputs.append(
-                launch_conv_relu(
-                    *(source, step.weight, step.bias, residual),
-                    relu=step.relu,
-                    **dict(zip(names, step.geometry, strict=True)),
-                )
-            )
-            del source, residual
+            operands = source, step.weight, step.bias, residual
+            outputs.append(launch_conv_relu(*operands, relu=step.relu, **step.geometry))
+            del source, residual, operands
             for read in _read_by(step):
                 if self._last_readers[read] == index:
                     outputs[read] = None
@@ -80,11 +74,12 @@ class _Arguments(NamedTuple):
     encoded: list[int]
 
     def add(self, step: ConvStep, source: Tensor) -> None:
-        self.packed.append(step.weight.for_input(source, *step.geometry))
+        geometry = step.geometry.values()
+        self.packed.append(step.weight.for_input(source, *geometry))
         self.biases.append(None if step.bias is None else step.bias.float())
         residual = -1 if step.residual is None else step.residual
         size = step.weight.weight.shape
-        self.encoded.extend((step.source, residual, int(step.relu), *size, *step.geometry))
+        self.encoded.extend((step.source, residual, int(step.relu), *size, *geometry))
 
 
 def _read_by(step: ConvStep) -> list[int]:

@@ -66,8 +66,10 @@ class ConvStep(NamedTuple):
     groups: int
 
     @property
-    def geometry(self) -> tuple[int, int, int, int]:
-        return self.stride, self.padding, self.dilation, self.groups
+    def geometry(self) -> dict[str, int]:
+        """The arguments by name, in the order in which the operators take them."""
+        names = ("stride", "padding", "dilation", "groups")
+        return {name: getattr(self, name) for name in names}
 
 
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,10 +263,10 @@ def conv_relu(
 def conv_relu_sequence(x: Tensor, steps: Sequence[ConvStep]) -> Tensor:
     """:func:`conv_relu` step by step; returns the last one's output."""
     outputs = [x]
-    for weight, bias, source, residual, relu, *geometry in steps:
-        other = None if residual is None else outputs[residual]
-        sizes = dict(zip(("stride", "padding", "dilation", "groups"), geometry, strict=True))
-        outputs.append(conv_relu(outputs[source], weight, bias, other, relu=relu, **sizes))
+    for step in steps:
+        residual = None if step.residual is None else outputs[step.residual]
+        operands = outputs[step.source], step.weight, step.bias, residual
+        outputs.append(conv_relu(*operands, relu=step.relu, **step.geometry))
     return outputs[-1]
 
 
