@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from .. import ops
 from ..ops import Normalized
 from .batch_norm import is_relu
-from .join import Join
+from .join import Join, Settings
 from .links import (
     Link,
     batches_seen,
@@ -71,7 +71,11 @@ def run_chain(modules: Sequence[nn.Module], x: Any) -> tuple[Any, int, Join | No
     if windows is not None and not ops.has_max_pool_kernel(_like_output(links, x), **windows):
         windows = None
     parameters = [parameter for link in links for parameter in link.parameters]
-    out, source, *statistics = _Chain.apply(links, windows, x, *parameters)
+    settings = [link.settings for link in links]
+    out, *made = _Chain.apply(links, settings, windows, x, *parameters)
+    statistics, source = made[-2 * len(links) :], None
+    if windows is None:
+        source = Join(links[-1].normalized(settings[-1], made[0], *statistics[-2:]), None)
     update_running_stats(batches_seen(links, statistics, counts))
     return out, length + (windows is not None), source if out.requires_grad else None
 
@@ -83,29 +87,37 @@ def _like_output(links: list[Link], x: Tensor) -> Tensor:
 
 
 class _Chain(torch.autograd.Function):
-    """forward(links, windows, x, *(the parameters of each link)) returns the chain's output, what
-    that is made of (None behind a pool), and mean and biased variance of each link's."""
+    """forward(links, settings, windows, x, *(the parameters of each link)) returns the chain's
+    output, the last raw one (not where a pool is behind it), and mean and biased variance of each
+    link's."""
 
     @staticmethod
     def forward(
-        ctx: Any, links: list[Link], windows: dict[str, int] | None, x: Tensor, *parameters
+        ctx: Any,
+        links: list[Link],
+        settings: list[Settings],
+        windows: dict[str, int] | None,
+        x: Tensor,
+        *parameters: Tensor | None,
     ):
-        outputs = forward_links(links, x, parameters)
+        outputs = forward_links(links, settings, x, parameters)
         last = outputs[-1]
-        source, pooled = None, []
+        ends, pooled = [], []
         if windows is None:
-            source = Join(last, None)
-            out, _ = source.forward()
+            ends = [last.x]
+            out, _ = Join(last, None).forward()
         else:
             out, *pooled = torch.ops.fastresnet.bn_relu_max_pool.default(
                 *last[:5], *windows.values(), last.eps, last.training
             )
         ctx.links, ctx.windows = links, windows
-        return out, source, *save_for_backward(ctx, links, outputs, x, *pooled)
+        statistics = save_for_backward(ctx, links, outputs, x, *pooled)
+        ctx.mark_non_differentiable(*ends, *statistics)
+        return out, *ends, *statistics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _source: None, *_statistics):
+    def backward(ctx: Any, grad: Tensor | None, *_others):
         links, windows = ctx.links, ctx.windows
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -127,7 +139,7 @@ class _Chain(torch.autograd.Function):
         output = _identity(last.x)
         sums = grad.new_zeros((2, grad.shape[1]), dtype=torch.float64)
         for index in reversed(range(len(links))):
-            wants_dx = index > 0 or ctx.needs_input_grad[2]
+            wants_dx = index > 0 or ctx.needs_input_grad[3]
             result = ops.launch_conv_bn_backward(
                 *(grad, None, sums, output, outputs[index - 1] if index else x, weights[index]),
                 **links[index].geometry,
@@ -137,7 +149,7 @@ class _Chain(torch.autograd.Function):
                 result = result._replace(bn_weight=bn_weight, bn_bias=bn_bias)
             gradients[4 * index : 4 * index + 4] = links[index].gradients(result, outputs[index])
             grad, sums, output = result.x, result.sums, outputs[index - 1]
-        return None, None, grad, *gradients
+        return None, None, None, grad, *gradients
 
 
 def _identity(x: Tensor) -> Normalized:

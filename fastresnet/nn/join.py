@@ -37,12 +37,13 @@ class Join(NamedTuple):
         return input_is_saved or not isinstance(self.shortcut, Tensor)
 
 
-# The rest of each batch norm: epsilon, and whether its statistics are the batch's.
-Settings = list[tuple[float, bool]]
+# Of a batch norm, beside its tensors: epsilon, and whether its statistics are the batch's.
+Settings = tuple[float, bool]
 
 
-def taken_apart(join: Join) -> tuple[list[Tensor], Settings]:
-    """The tensors, as arguments of a node and for ``save_for_backward``, and what is left."""
+def taken_apart(join: Join) -> tuple[list[Tensor], list[Settings]]:
+    """The tensors, as arguments of a node and for ``save_for_backward``, and the settings of each
+    batch norm."""
     norms = [part for part in join if isinstance(part, Normalized)]
     tensors = [tensor for norm in norms for tensor in norm[:5]]
     if isinstance(join.shortcut, Tensor):
@@ -50,7 +51,7 @@ def taken_apart(join: Join) -> tuple[list[Tensor], Settings]:
     return tensors, [norm[5:] for norm in norms]
 
 
-def put_together(tensors: Sequence[Tensor], settings: Settings) -> Join:
+def put_together(tensors: Sequence[Tensor], settings: Sequence[Settings]) -> Join:
     """The opposite of :func:`taken_apart`."""
     norms = [Normalized(*tensors[5 * i : 5 * i + 5], *rest) for i, rest in enumerate(settings)]
     shortcut = norms[1] if len(norms) == 2 else next(iter(tensors[5:]), None)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops import ConvGradients, Normalized
 from .batch_norm import has_hooks, is_transformed
+from .join import Settings
 from .running_stats import Seen
 
 _LEAST_CHANNELS = 16  # fewer would fill the kernels' blocks with zeros
@@ -55,8 +56,19 @@ class Link(NamedTuple):
             for size, kernel in zip(sizes, conv.kernel_size, strict=True)
         ]
 
+    @property
+    def settings(self) -> Settings:
+        """The batch norm's. A node is given them: ``torch.compile(dynamic=True)`` makes an input of
+        a float where it is first looked at, which may not be inside of a node."""
+        return float(self.bn.eps), self.uses_batch
+
     def forward(
-        self, x: Tensor | Normalized, weight: Tensor, bias: Tensor | None, *affine: Tensor
+        self,
+        settings: Settings,
+        x: Tensor | Normalized,
+        weight: Tensor,
+        bias: Tensor | None,
+        *affine: Tensor,
     ) -> Normalized:
         """The convolution's output, to be normalised by whoever reads it.
 
@@ -64,11 +76,17 @@ class Link(NamedTuple):
         mean only.
         """
         y, mean, var = ops.launch_conv_stats(x, weight, **self.geometry)
-        if not self.uses_batch:
+        _eps, uses_batch = settings
+        if not uses_batch:
             mean, var = self.bn.running_mean.float(), self.bn.running_var.float()
             mean = mean if bias is None else mean - bias.float()
-        bn_weight, bn_bias = (vector.float() for vector in affine)
-        return Normalized(y, mean, var, bn_weight, bn_bias, self.bn.eps, self.uses_batch)
+        return _normalized(y, mean, var, affine, settings)
+
+    def normalized(self, settings: Settings, y: Tensor, mean: Tensor, var: Tensor) -> Normalized:
+        """What :meth:`forward` returned, of its tensors that a node hands out; not
+        differentiable."""
+        affine = [vector.detach() for vector in (self.bn.weight, self.bn.bias)]
+        return _normalized(y, mean, var, affine, settings)
 
     def gradients(self, result: ConvGradients, y: Normalized) -> tuple[Tensor | None, ...]:
         """Those of :attr:`parameters`, from the backward of convolution and batch norm."""
@@ -86,14 +104,25 @@ class Link(NamedTuple):
         return Seen(self.bn, mean, var, count)
 
 
+def _normalized(
+    y: Tensor, mean: Tensor, var: Tensor, affine: Sequence[Tensor], settings: Settings
+) -> Normalized:
+    bn_weight, bn_bias = (vector.float() for vector in affine)
+    return Normalized(y, mean, var, bn_weight, bn_bias, *settings)
+
+
 def forward_links(
-    links: Sequence[Link], x: Tensor, parameters: Sequence[Tensor | None]
+    links: Sequence[Link],
+    settings: Sequence[Settings],
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
 ) -> list[Normalized]:
-    """The outputs of links one behind another, given the parameters of each."""
+    """The outputs of links one behind another, given settings and parameters of each."""
     outputs: list[Normalized] = []
     for index, link in enumerate(links):
         source = outputs[-1] if outputs else x
-        outputs.append(link.forward(source, *parameters[4 * index : 4 * index + 4]))
+        own = parameters[4 * index : 4 * index + 4]
+        outputs.append(link.forward(settings[index], source, *own))
     return outputs
 
 
@@ -120,10 +149,9 @@ def save_for_backward(
     """Saves the links' weights and outputs, and other tensors, in a node's context.
 
     Returns:
-        Mean and variance of each link's output, which the node returns too, not differentiable.
+        Mean and variance of each link's output, which the node returns too.
     """
     statistics = [vector for output in outputs for vector in (output.mean, output.var)]
-    ctx.mark_non_differentiable(*statistics)
     ctx.set_materialize_grads(False)
     ctx.others = len(others)
     ctx.rest = [(output.eps, output.training) for output in outputs]
@@ -142,8 +170,12 @@ def saved_tensors(ctx: Any) -> tuple[list[Tensor], list[Tensor], list[Normalized
 
 
 def runs_as_node(x: Tensor) -> bool:
-    """Whether something is there to be differentiated, and nothing that would look inside."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed(x)
+    """Whether something is there to be differentiated, and nothing that would look inside, as an
+    exported network is for other runtimes. torch.compile before 2.12 calls every trace an export.
+    """
+    if torch.compiler.is_compiling() and (x.device.type != "cpu" or torch.compiler.is_exporting()):
+        return False
+    return torch.is_grad_enabled() and not is_transformed(x)
 
 
 def is_plain(link: Link, x: Tensor) -> bool:

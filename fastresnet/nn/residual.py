@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from .batch_norm import has_hooks
-from .join import Join, put_together, taken_apart
+from .join import Join, Settings, put_together, taken_apart
 from .links import (
     Link,
     batches_seen,
@@ -77,7 +77,13 @@ def residual_block(
         return None
 
     parameters = [parameter for link in every for parameter in link.parameters]
-    out, join, *statistics = _ResidualBlock.apply(links, projection, source, x, *parameters)
+    settings = [link.settings for link in every]
+    out, *made = _ResidualBlock.apply(links, projection, settings, source, x, *parameters)
+    ends, statistics = made[: 1 + len(shortcut)], made[1 + len(shortcut) :]
+    last = len(links) - 1
+    branch = links[last].normalized(settings[last], ends[0], *statistics[2 * last : 2 * last + 2])
+    projected = [link.normalized(settings[-1], ends[1], *statistics[-2:]) for link in shortcut]
+    join = Join(branch, *(projected or [x]))
     return Output(out, join, batches_seen(every, statistics, counts))
 
 
@@ -92,33 +98,38 @@ def as_link(downsample: nn.Module) -> Link | None:
 
 
 class _ResidualBlock(torch.autograd.Function):
-    """forward(links, projection, source, x, *(the parameters of each link)) returns the block's
-    output, what it is made of, and mean and biased variance of each link's."""
+    """forward(links, projection, settings, source, x, *(the parameters of each link)) returns the
+    block's output, the raw outputs at the end of its branches, and mean and biased variance of each
+    link's."""
 
     @staticmethod
     def forward(
         ctx: Any,
         links: list[Link],
         projection: Link | None,
+        settings: list[Settings],
         source: Join | None,
         x: Tensor,
         *parameters: Tensor | None,
     ):
-        outputs = forward_links(links, x, parameters)
+        outputs = forward_links(links, settings, x, parameters)
         shortcut = x
         if projection is not None:
-            shortcut = projection.forward(x, *parameters[-4:])
+            shortcut = projection.forward(settings[-1], x, *parameters[-4:])
             outputs.append(shortcut)
         join = Join(outputs[len(links) - 1], shortcut)
         out, mask = join.forward()
         every = links if projection is None else [*links, projection]
         ctx.links, ctx.projection = links, projection
         head, ctx.settings = ([x], None) if source is None else taken_apart(source)
-        return out, join, *save_for_backward(ctx, every, outputs, mask, *head)
+        statistics = save_for_backward(ctx, every, outputs, mask, *head)
+        ends = [output.x for output in outputs[len(links) - 1 :]]
+        ctx.mark_non_differentiable(*ends, *statistics)
+        return out, *ends, *statistics
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _join: None, *_statistics):
+    def backward(ctx: Any, grad: Tensor | None, *_others):
         links, projection = ctx.links, ctx.projection
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -126,11 +137,11 @@ class _ResidualBlock(torch.autograd.Function):
         x = head[0] if ctx.settings is None else put_together(head, ctx.settings).forward()[0]
         gradients: list[Tensor | None] = [None] * (4 * len(outputs))
         grad = grad.contiguous(memory_format=torch.channels_last)
-        wants_dx = ctx.needs_input_grad[3]
+        wants_dx = ctx.needs_input_grad[4]
 
         last = outputs[len(links) - 1]
         shortcut = outputs[-1] if projection is not None else None
-        sums, shortcut_sums = ops.bn_sums(
+        sums, shortcut_sums = ops.launch_bn_sums(
             *(grad, mask, last.x, last.mean),
             *((shortcut.x, shortcut.mean) if shortcut is not None else ()),
         )
@@ -157,4 +168,4 @@ class _ResidualBlock(torch.autograd.Function):
             )
             gradients[4 * index : 4 * index + 4] = links[index].gradients(result, outputs[index])
             grad, mask, sums = result.x, None, result.sums
-        return None, None, None, result.x, *gradients
+        return None, None, None, None, result.x, *gradients

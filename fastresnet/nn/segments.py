@@ -151,7 +151,9 @@ class _Segment(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, convolutions: Convolutions, settings: Settings | None, *tensors: Tensor):
+    def forward(
+        ctx: Any, convolutions: Convolutions, settings: list[Settings] | None, *tensors: Tensor
+    ):
         links, projection, _ = convolutions
         head, weights, norms = _parts(convolutions, tensors)
         x, mask = (head[0], None) if settings is None else _join_in_front(head, settings).forward()
@@ -238,7 +240,7 @@ def _as_filter(weight: Tensor, x: Tensor) -> Tensor:
     return weight.to(dtype=x.dtype, memory_format=torch.channels_last)
 
 
-def _join_in_front(head: Sequence[Tensor], settings: Settings) -> Join:
+def _join_in_front(head: Sequence[Tensor], settings: Sequence[Settings]) -> Join:
     """With weights and biases as the kernels take them."""
     parts = (
         part._replace(weight=part.weight.float(), bias=part.bias.float())

@@ -96,7 +96,7 @@ def _plain_blocks(stages: Sequence[nn.Module]) -> list[Block] | None:
     for stage in stages:
         if type(stage) not in (nn.Sequential, FusedSequential) or has_hooks(stage):
             return None
-        blocks += stage
+        blocks += list(stage)
     return blocks if all(map(_is_plain_block, blocks)) else None
 
 
@@ -106,5 +106,5 @@ def _is_plain_block(block: nn.Module) -> bool:
         return False
     readers = [block, block.conv1]
     if block.downsample is not None:
-        readers += block.downsample.modules()
+        readers += list(block.downsample.modules())
     return not any(map(has_hooks, readers))
