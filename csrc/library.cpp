@@ -99,9 +99,10 @@ STABLE_TORCH_LIBRARY(fastresnet, m) {
       "*, bool normalised=False, bool packed=False, bool backward=False, bool wants_dx=False) "
       "-> (int tile, bool by_places, bool patches, bool in_place)");
   // act(convolution of x + bias + residual), and the weight as that reads it with inputs of x's
-  // size and the present number of threads: float32 [values].
+  // size and the present number of threads: float32 [values]. A weight that is not packed, of
+  // weight_size, is packed for the time of the call.
   m.def(
-      "conv_relu(Tensor x, Tensor packed, int[] weight_size, Tensor? bias, Tensor? residual, "
+      "conv_relu(Tensor x, Tensor weight, int[] weight_size, Tensor? bias, Tensor? residual, "
       "bool relu, int stride, int padding, int dilation, int groups) -> Tensor");
   // Several of them as one. steps: for each what it reads, x (0) or the output of a step (from 1
   // on), what it adds (-1: nothing), whether there is a ReLU, then weight_size, stride, padding,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training under torch.compile: the nodes on convolutions of our own are traced into its graphs,
-so that a compiled network computes what it computes otherwise."""
+"""Networks under torch.compile: our convolutions are traced into its graphs, so that a compiled
+network computes what it computes otherwise."""
 
 from __future__ import annotations
 
@@ -106,9 +106,11 @@ NETWORKS = {
 @pytest.mark.parametrize(
     ("name", "training", "autocast"),
     [
-        *((name, True, False) for name in NETWORKS),
         ("basic", True, True),
+        ("bottleneck", True, False),
         ("bottleneck", False, True),
+        ("converted", True, False),
+        ("vgg", True, False),
     ],
 )
 def test_a_compiled_network_trains_as_otherwise(name: str, training: bool, autocast: bool) -> None:
@@ -188,6 +190,25 @@ def test_blocks_of_which_nothing_is_trained() -> None:
         assert (p.grad is None) == (q.grad is None)
         if p.grad is not None:
             torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-4)
+
+
+@traces_nodes
+@pytest.mark.parametrize(
+    ("name", "autocast"), [("bottleneck", True), ("converted", False), ("vgg", True)]
+)
+def test_a_compiled_network_infers_as_otherwise(name: str, autocast: bool) -> None:
+    model, graphs = NETWORKS[name]().eval(), Graphs()
+    x, weight = channels_last(2, 3, 32, 32), next(iter(model.parameters()))
+    compiled = torch.compile(model, backend=graphs.backend, fullgraph=True)
+    for _ in range(2):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-2, atol=1e-2)
+        weight.data.mul_(0.5)  # what no counter of versions tells
+        model.eval()
+    if has_ours:
+        convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+        assert graphs.calls["forward"]["fastresnet.conv_relu"] == convolutions
+        assert not [target for target in graphs.calls["forward"] if "convolution" in target]
 
 
 @pytest.mark.skipif(not has_ours, reason="there are none to be left out")

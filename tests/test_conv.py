@@ -539,6 +539,21 @@ def test_contiguous_and_bfloat16_weights():
             assert torch.equal(ours, wanted)
 
 
+def test_a_larger_stride_is_left_to_the_twins():
+    x, weight = channels_last(2, 8, 11, 11), torch.randn(8, 8, 3, 3)
+    found = ops.conv_stats(x, weight, stride=5)
+    for value, expected in zip(found, reference.conv_stats(x, weight, stride=5), strict=True):
+        torch.testing.assert_close(value, expected)
+    y, mean, var = found
+    norm = ops.Normalized(y, mean, var, torch.ones(8), torch.zeros(8), 1e-5, True)
+    grad = torch.randn_like(y)
+    arguments = (grad, None, ops.bn_sums(grad, None, y, mean)[0], norm, x, weight)
+    found = ops.conv_bn_backward(*arguments, stride=5)
+    expected = reference.conv_bn_backward(*arguments, stride=5)
+    torch.testing.assert_close(found.weight, expected.weight)
+    torch.testing.assert_close(found.x, expected.x)
+
+
 def test_bad_arguments_are_named():
     x = channels_last(2, 8, 6, 6, dtype=torch.float32)
     operator = torch.ops.fastresnet.conv_stats

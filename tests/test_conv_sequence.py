@@ -135,7 +135,7 @@ def test_what_does_not_fit_is_refused() -> None:
             [*steps[:12], 2, *steps[13:]],
         ),
         "step 1 to read what comes before it, got -1 and -1": (weights, biases, [-1, *steps[1:]]),
-        r"packed of \d+ values": (weights[::-1], biases),
+        r"packed weight of \d+ values": (weights[::-1], biases),
     }.items():
         with pytest.raises(ValueError, match=match):
             run(x, *(*arguments, steps)[:3])

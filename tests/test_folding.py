@@ -36,7 +36,7 @@ def by_cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """aten's operators on the CPU, in place of ours; the list holds the calls."""
     seen: list[str] = []
     for module in (ops, CONV_RELU):
-        monkeypatch.setattr(module, "has_conv_kernel", lambda *_: False)
+        monkeypatch.setattr(module, "has_conv_kernel", lambda *_, **__: False)
 
     def convolution_relu(x, weight, bias, *geometry):
         assert x.dtype == weight.dtype == bias.dtype
@@ -178,13 +178,14 @@ def test_cudnns_operator_takes_only_what_it_says(
     stride=st.integers(1, 5),
     dilation=st.integers(1, 2),
     dtype=st.sampled_from(DTYPES[:2]),
-    bias=st.booleans(),
-    residual=st.booleans(),
+    vectors=st.tuples(st.booleans(), st.booleans()),
     relu=st.booleans(),
+    packed=st.booleans(),
 )
 def test_our_operator_is_no_worse_than_torchs(
-    n, height, width, channels, out_channels, kernel, stride, dilation, dtype, bias, residual, relu
+    n, height, width, channels, out_channels, kernel, stride, dilation, dtype, vectors, relu, packed
 ) -> None:
+    bias, residual = vectors
     geometry = {"stride": stride, "padding": kernel // 2 * dilation, "dilation": dilation}
     x = channels_last(n, channels, height, width, dtype=dtype)
     weight = channels_last(out_channels, channels, kernel, kernel) / (channels * kernel**2) ** 0.5
@@ -193,7 +194,8 @@ def test_our_operator_is_no_worse_than_torchs(
     shape = F.conv2d(x.double(), weight.double(), None, **geometry).shape
     other = channels_last(*shape, dtype=dtype) if residual else None
     with torch.no_grad():
-        ours = ops.conv_relu(x, weight, vector, other, relu=relu, **geometry)
+        filters = ops.PackedWeight(weight) if packed else weight
+        ours = ops.conv_relu(x, filters, vector, other, relu=relu, **geometry)
         torchs = reference.conv_relu(x, weight, vector, other, relu=relu, **geometry)
     doubles = (None if t is None else t.double() for t in (x, weight, vector, other))
     exact = reference.conv_relu(*doubles, relu=relu, **geometry)
@@ -203,12 +205,13 @@ def test_our_operator_is_no_worse_than_torchs(
 
 @needs_ours
 @pytest.mark.parametrize("groups", [4, 32, 64])
+@pytest.mark.parametrize("pack", [ops.PackedWeight, lambda weight: weight], ids=["packed", "plain"])
 @torch.no_grad()
-def test_our_operator_takes_groups(groups: int) -> None:
+def test_our_operator_takes_groups(pack, groups: int) -> None:
     x, weight = channels_last(2, 64, 9, 9), channels_last(64, 64 // groups, 3, 3)
     geometry = {"padding": 1, "groups": groups}
-    assert ops.has_conv_relu_kernel(x, weight, groups)
-    ours = ops.conv_relu(x, weight, None, x, **geometry)
+    assert ops.has_conv_relu_kernel(x, weight, groups=groups)
+    ours = ops.conv_relu(x, pack(weight), None, x, **geometry)
     torchs = reference.conv_relu(x, weight, None, x, **geometry)
     exact = reference.conv_relu(x.double(), weight.double(), None, x.double(), **geometry)
     assert_no_worse(ours, torchs, exact, "y", exact.abs().max().item())
@@ -230,7 +233,8 @@ def test_a_packed_weight_is_for_every_size_and_number_of_threads() -> None:
                 arguments = (x, packed.weight, 1, 1, 1, 1)
                 methods.add(torch.ops.fastresnet.conv_method(*arguments, packed=True))
                 found = ops.conv_relu(x, packed, None, x, padding=1)
-                assert torch.equal(found, ops.conv_relu(x, packed.weight, None, x, padding=1))
+                anew = ops.PackedWeight(packed.weight)
+                assert torch.equal(found, ops.conv_relu(x, anew, None, x, padding=1))
     finally:
         torch.set_num_threads(before)
     assert len(methods) > 1
@@ -255,8 +259,10 @@ def test_our_operator_refuses_what_does_not_fit() -> None:
     rest = (False, 1, 0, 1, 1)
     good = conv_relu(x, packed, [16, 8, 1, 1], None, None, *rest)
     for match, arguments in {
-        r"packed of \d+ values, .* got 7": (x, packed[:7], [16, 8, 1, 1], None, None),
-        "packed as conv_pack makes it, got": (x, packed.double(), [16, 8, 1, 1], None, None),
+        r"packed weight of \d+ values, .* got 7": (x, packed[:7], [16, 8, 1, 1], None, None),
+        "packed weight as conv_pack makes": (x, packed.double(), [16, 8, 1, 1], None, None),
+        r"weight of weight_size, got \[16, 8": (x, weight, [16, 8, 3, 3], None, None),
+        r"weight of shape .* got \[16, 8, 1\]": (x, weight[..., 0], [16, 8, 1], None, None),
         r"weight of shape \[out_channels, 8, .* got \[16, 4, 1, 1\]": (
             x,
             packed,
@@ -279,8 +285,9 @@ def test_our_operator_refuses_what_does_not_fit() -> None:
 def test_opcheck() -> None:
     x, weight = channels_last(2, 8, 6, 6), channels_last(16, 8, 3, 3)
     packed = torch.ops.fastresnet.conv_pack(x, weight, 2, 1, 1, 1)
-    arguments = (x, packed, [16, 8, 3, 3], torch.ones(16), None, True, 2, 1, 1, 1)
-    torch.library.opcheck(torch.ops.fastresnet.conv_relu.default, arguments)
+    rest = ([16, 8, 3, 3], torch.ones(16), None, True, 2, 1, 1, 1)
+    for values in (packed, weight):
+        torch.library.opcheck(torch.ops.fastresnet.conv_relu.default, (x, values, *rest))
 
 
 @torch.no_grad()
@@ -298,7 +305,7 @@ def test_without_the_operators_nothing_is_folded(
     block: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (ops, CONV_RELU):
-        monkeypatch.setattr(module, "has_conv_kernel", lambda *_: False)
+        monkeypatch.setattr(module, "has_conv_kernel", lambda *_, **__: False)
     with torch.no_grad():
         assert not ops.has_conv_relu_kernel(channels_last(1, 8, 2, 2), channels_last(8, 8, 1, 1))
         assert block(channels_last(2, 64, 8, 8)).shape == (2, 128, 4, 4)
@@ -307,7 +314,7 @@ def test_without_the_operators_nothing_is_folded(
 def test_a_convolution_without_an_engine_runs_as_two_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(CONV_RELU, "has_conv_kernel", lambda *_: False)
+    monkeypatch.setattr(CONV_RELU, "has_conv_kernel", lambda *_, **__: False)
     asked: list[torch.Size] = []
 
     def refuse(x, *rest):

@@ -137,20 +137,31 @@ Tensor conv_pack_cpu(const Tensor& x, const Tensor& weight, int64_t stride, int6
   return packed;
 }
 
-Tensor conv_relu_cpu(const Tensor& x, const Tensor& packed, std::vector<int64_t> weight_size,
+WeightPacking check_packed(const char* op, const Tensor& packed, const ConvPlan& plan,
+                           DType dtype) {
+  check(packed.scalar_type() == ScalarType::Float && packed.is_contiguous(), op,
+        ": expected packed weight as conv_pack makes it, got ", shape(packed), " of ",
+        torch::headeronly::toString(packed.scalar_type()));
+  const WeightPacking packing(packed.const_data_ptr<float>(), plan, dtype);
+  check(packed.numel() == packing.floats(), op, ": expected packed weight of ", packing.floats(),
+        " values, for inputs of this size and this number of threads, got ", packed.numel());
+  return packing;
+}
+
+Tensor conv_relu_cpu(const Tensor& x, const Tensor& weight, std::vector<int64_t> weight_size,
                      std::optional<Tensor> bias, std::optional<Tensor> residual, bool relu,
                      int64_t stride, int64_t padding, int64_t dilation, int64_t groups) {
   constexpr const char* op = "conv_relu";
-  const ConvShape s = check_conv(op, x, weight_size, stride, padding, dilation, groups);
+  const bool is_packed = weight.dim() == 1;
+  const ConvShape s = is_packed ? check_conv(op, x, weight_size, stride, padding, dilation, groups)
+                                : check_conv(op, x, weight, stride, padding, dilation, groups);
+  check(weight.device() == x.device(), op, ": expected weight and x on one device");
+  check(is_packed || weight.sizes().vec() == weight_size, op,
+        ": expected weight of weight_size, got ", shape(weight));
   const DType dtype = dtype_of(op, x);
-  const auto sharing = share_forward(s, dtype, false, true);
-  check(packed.dim() == 1 && packed.scalar_type() == ScalarType::Float && packed.is_contiguous() &&
-            packed.device() == x.device(),
-        op, ": expected packed as conv_pack makes it, got ", shape(packed), " of ",
-        torch::headeronly::toString(packed.scalar_type()));
-  const WeightPacking packing(packed.const_data_ptr<float>(), sharing->plan, dtype);
-  check(packed.numel() == packing.floats(), op, ": expected packed of ", packing.floats(),
-        " values, for inputs of this size and this number of threads, got ", packed.numel());
+  const auto sharing = share_forward(s, dtype, false, is_packed);
+  const WeightPacking packing = is_packed ? check_packed(op, weight, sharing->plan, dtype)
+                                          : WeightPacking(weight, sharing->plan, dtype, false);
 
   Tensor y = new_output(s, x);
   ConvForwardParams p{};

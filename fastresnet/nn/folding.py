@@ -4,7 +4,7 @@
 
 A batch norm in evaluation mode multiplies each channel by a number and adds another: the
 convolution's weight and bias can do that. The folded ones are made at the first inference and kept
-(:mod:`fastresnet.nn.fold_store`).
+(:mod:`fastresnet.nn.fold_store`); in a graph of torch.compile, which keeps nothing, at each.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from .. import ops
 from .batch_norm import is_relu, is_transformed
 from .fold_store import keep_fold, recall_fold
-from .links import Link, computed_dtype, fills_blocks, is_standard, under_autocast
+from .links import (
+    Link,
+    computed_dtype,
+    fills_blocks,
+    is_standard,
+    is_traced_elsewhere,
+    under_autocast,
+)
 from .windows import square_windows
 
 
@@ -94,7 +101,7 @@ def may_fold(x: Any) -> bool:
     return (
         type(x) is Tensor
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and not is_traced_elsewhere(x)
         and not is_transformed(x)
         and x.dim() == 4
         and not (x.dtype == torch.float16 and _is_captured(x))
@@ -110,6 +117,8 @@ def run_steps(steps: Sequence[Step], x: Tensor) -> Tensor | None:
             it takes no pass of its own.
         x: [N, C, H, W], as :func:`may_fold` takes it.
     """
+    if torch.compiler.is_compiling():
+        return _run_traced(steps, x)
     structure = tuple(step[1:] for step in steps)
     context = (
         # Other devices have no fused convolutions, and some not even autocast to ask about.
@@ -128,7 +137,7 @@ def run_steps(steps: Sequence[Step], x: Tensor) -> Tensor | None:
         # The settings of torch and the layout of x are the same for all.
         takes = _takes(steps[0].link, x)
     else:
-        takes = all(_can_fold(step.link, x) for step in steps) and _fit_together(steps, x)
+        takes = _can_fold(steps, x)
     if not takes:
         return None
     if folds is None:
@@ -139,17 +148,40 @@ def run_steps(steps: Sequence[Step], x: Tensor) -> Tensor | None:
     return folds.sequence(x) if folds.fits else None
 
 
-def _can_fold(link: Link, x: Tensor) -> bool:
-    """Whether the link takes an input like ``x``, but for its channels, as one call."""
-    return is_standard(link) and not link.uses_batch and _takes(link, x)
+def _run_traced(steps: Sequence[Step], x: Tensor) -> Tensor | None:
+    """:func:`run_steps` in a graph, which has no place for cuDNN's fused convolutions."""
+    links = (step.link for step in steps)
+    are_ours = all(is_standard(link) and _is_ours(link, x) for link in links)
+    if not are_ours or not _can_fold(steps, x):
+        return None
+    outputs = [x]
+    for (link, source, residual, relu), scale, bias in zip(steps, *_vectors(steps), strict=True):
+        weight = link.conv.weight.float() * scale[:, None, None, None]
+        y = ops.launch_conv_relu(
+            *(outputs[source], weight.to(x.dtype), bias),
+            None if residual is None else outputs[residual],
+            relu=relu,
+            **link.geometry,
+        )
+        outputs.append(y)
+    return outputs[-1]
+
+
+def _can_fold(steps: Sequence[Step], x: Tensor) -> bool:
+    """Whether each step takes, as one call, what it is to read, which is like ``x`` but for its
+    sizes."""
+    links = (step.link for step in steps)
+    takes = (is_standard(link) and not link.uses_batch and _takes(link, x) for link in links)
+    return all(takes) and _fit_together(steps, x)
 
 
 def _takes(link: Link, x: Tensor) -> bool:
-    """:func:`_can_fold` of a link that is standard and uses no batch."""
+    """Whether a link that is standard and uses no batch takes an input like ``x``, but for its
+    channels, as one call."""
     conv, bn = link
     return (
         bn.weight.device == x.device
-        and ops.has_conv_relu_kernel(x, conv.weight, conv.groups, conv.stride[0])
+        and ops.has_conv_relu_kernel(x, conv.weight, stride=conv.stride[0], groups=conv.groups)
         and x.dtype == computed_dtype(link, x)
     )
 
@@ -167,12 +199,7 @@ def _fit_together(steps: Sequence[Step], x: Tensor) -> bool:
 
 
 def _make(steps: Sequence[Step], context: tuple[Any, ...], x: Tensor) -> Folds:
-    scales, biases = map(list, zip(*(_scale_and_bias(step.link) for step in steps), strict=True))
-    for index, step in enumerate(steps):
-        if step.residual and not steps[step.residual - 1].relu:
-            biases[index] = biases[index] + biases[step.residual - 1]
-            biases[step.residual - 1] = None
-    folded = [_fold(*parts, x) for parts in zip(steps, scales, biases, strict=True)]
+    folded = [_fold(*parts, x) for parts in zip(steps, *_vectors(steps), strict=True)]
     fits = x.dtype != torch.float16 or all(map(_is_finite, folded))
     return Folds(ops.ConvSequence(folded), fits, context, set())
 
@@ -194,7 +221,17 @@ def _is_finite(step: ops.ConvStep) -> bool:
 def _is_ours(link: Link, x: Tensor) -> bool:
     """Whether the convolution is our own, which takes float32 weights and biases in any dtype."""
     conv = link.conv
-    return ops.has_conv_kernel(x, conv.weight, conv.groups, conv.stride[0])
+    return ops.has_conv_kernel(x, conv.weight, stride=conv.stride[0], groups=conv.groups)
+
+
+def _vectors(steps: Sequence[Step]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The scale and the bias of each step."""
+    scales, biases = map(list, zip(*(_scale_and_bias(step.link) for step in steps), strict=True))
+    for index, step in enumerate(steps):
+        if step.residual and not steps[step.residual - 1].relu:
+            biases[index] = biases[index] + biases[step.residual - 1]
+            biases[step.residual - 1] = None
+    return scales, biases
 
 
 def _scale_and_bias(link: Link) -> tuple[Tensor, Tensor]:

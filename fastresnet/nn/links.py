@@ -170,12 +170,18 @@ def saved_tensors(ctx: Any) -> tuple[list[Tensor], list[Tensor], list[Normalized
 
 
 def runs_as_node(x: Tensor) -> bool:
-    """Whether something is there to be differentiated, and nothing that would look inside, as an
-    exported network is for other runtimes. torch.compile before 2.12 calls every trace an export.
+    """Whether something is there to be differentiated, and nothing that would look inside."""
+    return torch.is_grad_enabled() and not is_traced_elsewhere(x) and not is_transformed(x)
+
+
+def is_traced_elsewhere(x: Tensor) -> bool:
+    """Whether this is traced for a graph that convolutions of our own have no place in: those of
+    other devices, and exported ones, which are for other runtimes. torch.compile before 2.12 calls
+    every trace an export.
     """
-    if torch.compiler.is_compiling() and (x.device.type != "cpu" or torch.compiler.is_exporting()):
-        return False
-    return torch.is_grad_enabled() and not is_transformed(x)
+    return torch.compiler.is_compiling() and (
+        x.device.type != "cpu" or torch.compiler.is_exporting()
+    )
 
 
 def is_plain(link: Link, x: Tensor) -> bool:
@@ -184,7 +190,7 @@ def is_plain(link: Link, x: Tensor) -> bool:
     return (
         is_standard(link)
         and bn.weight.device == x.device
-        and ops.has_conv_kernel(x, conv.weight, conv.groups, conv.stride[0])
+        and ops.has_conv_kernel(x, conv.weight, stride=conv.stride[0], groups=conv.groups)
         and x.dtype == computed_dtype(link, x)
     )
 

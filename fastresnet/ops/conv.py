@@ -33,7 +33,7 @@ _CHANNEL_BLOCK = 32  # what the kernels compute at a time
 _MOST_STRIDE = 4  # kMaxStride of csrc/cpu/conv_params.h
 
 
-def has_conv_kernel(x: Tensor, weight: Tensor, groups: int = 1, stride: int = 1) -> bool:
+def has_conv_kernel(x: Tensor, weight: Tensor, *, stride: int = 1, groups: int = 1) -> bool:
     """Whether the compiled convolutions take ``x`` and ``weight``, and are meant for this
     processor: a CPU tensor that :func:`fastresnet.ops.has_kernel` accepts, or would with more than
     one value a channel; ``weight`` of float32, bfloat16 or float16, a stride of 4 at most and, if
@@ -81,7 +81,7 @@ def conv_stats(
         filters = weight.to(dtype=x.dtype, memory_format=torch.channels_last)
         geometry = conv_graph.Geometry(stride, padding, dilation, groups)
         return conv_graph.conv_stats(x, filters, geometry)
-    compiled = has_conv_kernel(source, weight, groups)
+    compiled = has_conv_kernel(source, weight, stride=stride, groups=groups)
     run = launch_conv_stats if compiled else reference.conv_stats
     return run(x, weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
 
@@ -173,7 +173,7 @@ def conv_bn_backward(
         The gradients. Where ``x`` has a batch norm, its gradient is the one behind that.
     """
     source = x.x if isinstance(x, Normalized) else x
-    compiled = has_conv_kernel(source, weight, groups)
+    compiled = has_conv_kernel(source, weight, stride=stride, groups=groups)
     run = launch_conv_bn_backward if compiled else reference.conv_bn_backward
     return run(
         *(grad, mask, sums, y, x, weight),

@@ -64,7 +64,7 @@ class PackedWeight:
         return packed
 
 
-def has_conv_relu_kernel(x: Tensor, weight: Tensor, groups: int = 1, stride: int = 1) -> bool:
+def has_conv_relu_kernel(x: Tensor, weight: Tensor, *, stride: int = 1, groups: int = 1) -> bool:
     """Whether there is a fused convolution for ``x`` and ``weight``; not where gradients are
     recorded.
 
@@ -75,7 +75,9 @@ def has_conv_relu_kernel(x: Tensor, weight: Tensor, groups: int = 1, stride: int
     """
     if torch.is_grad_enabled():
         return False
-    return has_conv_kernel(x, weight, groups, stride) or _has_cudnn_kernel(x, weight, groups)
+    return has_conv_kernel(x, weight, stride=stride, groups=groups) or _has_cudnn_kernel(
+        x, weight, groups
+    )
 
 
 def _has_cudnn_kernel(x: Tensor, weight: Tensor, groups: int) -> bool:
@@ -130,13 +132,11 @@ def conv_relu(
         RuntimeError, ValueError: shapes do not fit each other.
     """
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    packed = weight if isinstance(weight, PackedWeight) else PackedWeight(weight)
-    if not has_conv_relu_kernel(x, packed.weight, groups, stride):
-        return reference.conv_relu(x, packed.scaled(), bias, residual, relu=relu, **geometry)
-    ours = has_conv_kernel(x, packed.weight, groups, stride)
-    return launch_conv_relu(
-        x, packed if ours else packed.scaled(), bias, residual, relu=relu, **geometry
-    )
+    filters = weight.weight if isinstance(weight, PackedWeight) else weight
+    if not has_conv_relu_kernel(x, filters, stride=stride, groups=groups):
+        weight = weight.scaled() if isinstance(weight, PackedWeight) else weight
+        return reference.conv_relu(x, weight, bias, residual, relu=relu, **geometry)
+    return launch_conv_relu(x, weight, bias, residual, relu=relu, **geometry)
 
 
 def launch_conv_relu(
@@ -151,14 +151,18 @@ def launch_conv_relu(
     dilation: int,
     groups: int,
 ) -> Tensor:
-    """:func:`conv_relu` of what :func:`has_conv_relu_kernel` was asked about before, ``weight``
-    packed where :func:`fastresnet.ops.has_conv_kernel` is true."""
+    """:func:`conv_relu` of what :func:`has_conv_relu_kernel` was asked about before."""
     geometry = (stride, padding, dilation, groups)
-    if not isinstance(weight, PackedWeight):
+    packed = weight if isinstance(weight, PackedWeight) else None
+    filters = weight if packed is None else packed.weight
+    if not has_conv_kernel(x, filters, stride=stride, groups=groups):
+        weight = weight if packed is None else packed.scaled()
         return _by_cudnn(x, weight, bias, residual, relu, *geometry)
-    packed = weight.for_input(x, *geometry)
-    size, bias = weight.weight.shape, None if bias is None else bias.float()
-    return torch.ops.fastresnet.conv_relu.default(x, packed, size, bias, residual, relu, *geometry)
+    bias = None if bias is None else bias.float()
+    weight = weight if packed is None else packed.for_input(x, *geometry)
+    return torch.ops.fastresnet.conv_relu.default(
+        x, weight, filters.shape, bias, residual, relu, *geometry
+    )
 
 
 def _by_cudnn(
@@ -208,5 +212,5 @@ def _is_registered(device_type: str) -> bool:
 if _extension.has_schemas:
 
     @torch.library.register_fake("fastresnet::conv_relu")
-    def _(x, packed, weight_size, bias, residual, relu, stride, padding, dilation, groups):
+    def _(x, weight, weight_size, bias, residual, relu, stride, padding, dilation, groups):
         return empty_output(x, weight_size, stride, padding, dilation)
