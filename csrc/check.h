@@ -42,27 +42,50 @@ inline DType dtype_of(const char* op, const Tensor& t, const char* name = "x") {
   }
 }
 
+inline std::string device_name(const Tensor& t) {
+  const auto device = t.device();
+  if (device.is_cpu()) return "cpu";
+  const std::string type =
+      device.is_cuda() ? "cuda"
+                       : "a device of type " + std::to_string(static_cast<int>(device.type()));
+  return type + ":" + std::to_string(device.index());
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  check(t.device() == x.device(), op, ": expected ", name, " on x's device ", device_name(x),
+        ", got ", device_name(t));
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  check(t.scalar_type() == x.scalar_type(), op, ": expected ", name, " of x's dtype ",
+        torch::headeronly::toString(x.scalar_type()), ", got ",
+        torch::headeronly::toString(t.scalar_type()));
+}
+
+inline void check_channels_last(const char* op, const char* name, const Tensor& t) {
+  check(is_channels_last(t), op, ": expected ", name, " to be dense in channels_last, got shape ",
+        shape(t), " with strides ", shape(t.strides()));
+}
+
 // x of an operator: [N, C, H, W], dense channels_last, at least one value.
 inline void check_input(const char* op, const Tensor& x, const char* name = "x") {
   check(x.dim() == 4, op, ": expected ", name, " of 4 dimensions (N, C, H, W), got shape ",
         shape(x));
   check(x.numel() > 0, op, ": expected ", name, " to hold values, got shape ", shape(x));
-  check(is_channels_last(x), op, ": expected ", name, " to be dense in channels_last, got shape ",
-        shape(x), " with other strides");
+  check_channels_last(op, name, x);
   dtype_of(op, x, name);
 }
 
 // residual, grad: the shape, dtype, layout and device of x.
 inline void check_like_input(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  check(t.defined() && t.dim() == 4, op, ": expected ", name, " of shape ", shape(x));
+  check(t.defined() && t.dim() == 4, op, ": expected ", name, " of shape ", shape(x), ", got ",
+        t.defined() ? shape(t) : "None");
   bool same_shape = true;
   for (int d = 0; d < 4; ++d) same_shape = same_shape && t.size(d) == x.size(d);
   check(same_shape, op, ": expected ", name, " of x's shape ", shape(x), ", got ", shape(t));
-  check(t.scalar_type() == x.scalar_type(), op, ": expected ", name, " of x's dtype ",
-        torch::headeronly::toString(x.scalar_type()), ", got ",
-        torch::headeronly::toString(t.scalar_type()));
-  check(is_channels_last(t), op, ": expected ", name, " to be dense in channels_last");
-  check(t.device() == x.device(), op, ": expected ", name, " and x on one device");
+  check_dtype(op, name, t, x);
+  check_channels_last(op, name, t);
+  check_device(op, name, t, x);
 }
 
 // mean, var, weight, bias: float32 [C].
@@ -72,8 +95,9 @@ inline const float* check_vector(const char* op, const char* name, const Tensor&
         x.size(1), " values, one a channel, got ", t.defined() ? shape(t) : "None");
   check(t.scalar_type() == ScalarType::Float, op, ": expected ", name, " of float32, got ",
         torch::headeronly::toString(t.scalar_type()));
-  check(t.size(0) == 1 || t.stride(0) == 1, op, ": expected ", name, " to be contiguous");
-  check(t.device() == x.device(), op, ": expected ", name, " and x on one device");
+  check(t.size(0) == 1 || t.stride(0) == 1, op, ": expected ", name,
+        " to be contiguous, got a stride of ", t.stride(0));
+  check_device(op, name, t, x);
   return t.const_data_ptr<float>();
 }
 
@@ -111,8 +135,8 @@ inline void check_pooled(const char* op, const char* name, const Tensor& t, cons
         s.out_width, "], got ", t.defined() ? shape(t) : "None");
   check(t.scalar_type() == dtype, op, ": expected ", name, " of ",
         torch::headeronly::toString(dtype), ", got ", torch::headeronly::toString(t.scalar_type()));
-  check(is_channels_last(t), op, ": expected ", name, " to be dense in channels_last");
-  check(t.device() == x.device(), op, ": expected ", name, " and x on one device");
+  check_channels_last(op, name, t);
+  check_device(op, name, t, x);
 }
 
 // grad of averages over images of so many pixels: [N, C, 1, 1].

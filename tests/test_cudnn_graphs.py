@@ -313,7 +313,12 @@ REFUSED = {
     "weight in float32": ("conv_sums", 1, Tensor.float, "expected weight of x's dtype"),
     "weight of 23": ("conv_sums", 1, less, "expected weight for 16 channels in 2 groups"),
     "grad of another batch": ("conv_dgrad_add", 0, less, "expected grad of the convolution's"),
-    "grad, rows first": ("conv_dgrad_add", 0, rows_first, "expected grad in channels_last"),
+    "grad, rows first": (
+        "conv_dgrad_add",
+        0,
+        rows_first,
+        "expected grad to be dense in channels_last",
+    ),
     "mean of 15": ("bn_relu_conv_dgrad", 3, less, "expected mean of 16 values"),
     "bias in float64": ("bn_relu_conv_dgrad", 5, Tensor.double, "expected bias of float32"),
     "addend in float32": ("bn_add_relu_conv_dgrad", 2, Tensor.float, "expected addend of x's"),

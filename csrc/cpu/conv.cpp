@@ -57,7 +57,7 @@ ConvShape check_conv(const char* op, const Tensor& x, const Tensor& weight, int6
                      int64_t padding, int64_t dilation, int64_t groups) {
   check(weight.defined(), op, ": expected weight, got None");
   dtype_of(op, weight, "weight");
-  check(weight.device() == x.device(), op, ": expected weight and x on one device");
+  check_device(op, "weight", weight, x);
   return check_conv(op, x, weight.sizes(), stride, padding, dilation, groups);
 }
 
@@ -155,7 +155,7 @@ Tensor conv_relu_cpu(const Tensor& x, const Tensor& weight, std::vector<int64_t>
   const bool is_packed = weight.dim() == 1;
   const ConvShape s = is_packed ? check_conv(op, x, weight_size, stride, padding, dilation, groups)
                                 : check_conv(op, x, weight, stride, padding, dilation, groups);
-  check(weight.device() == x.device(), op, ": expected weight and x on one device");
+  check_device(op, "weight", weight, x);
   check(is_packed || weight.sizes().vec() == weight_size, op,
         ": expected weight of weight_size, got ", shape(weight));
   const DType dtype = dtype_of(op, x);

@@ -66,10 +66,11 @@ std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.si
 
 // A convolution's weight: of x's dtype, channels_last.
 void check_weight(const char* op, const Tensor& weight, const Tensor& x) {
-  check(weight.defined() && weight.dim() == 4 && is_channels_last(weight), op,
-        ": expected weight to be dense in channels_last, of 4 dimensions");
-  check(weight.scalar_type() == x.scalar_type() && weight.device() == x.device(), op,
-        ": expected weight of x's dtype and on its device");
+  check(weight.defined() && weight.dim() == 4, op, ": expected weight of 4 dimensions, got ",
+        weight.defined() ? shape(weight) : "None");
+  check_dtype(op, "weight", weight, x);
+  check_channels_last(op, "weight", weight);
+  check_device(op, "weight", weight, x);
 }
 
 // cuDNN's plans are made for addresses of whole 16 bytes.
@@ -135,9 +136,9 @@ ConvProblem dgrad_problem(const char* op, ConvGraph graph, const Tensor& grad, c
         op, ": expected grad of the convolution's output shape [", p.batch, ", ", p.out_channels,
         ", ", p.out_height(), ", ", p.out_width(), "], got ",
         grad.defined() ? shape(grad) : "None");
-  check(is_channels_last(grad) && grad.scalar_type() == like.scalar_type() &&
-            grad.device() == like.device(),
-        op, ": expected grad in channels_last, of x's dtype and on its device");
+  check_dtype(op, "grad", grad, like);
+  check_channels_last(op, "grad", grad);
+  check_device(op, "grad", grad, like);
   return p;
 }
 

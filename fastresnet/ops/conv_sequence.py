@@ -15,7 +15,6 @@ from .conv import empty_output
 from .conv_relu import PackedWeight, launch_conv_relu
 from .reference import ConvStep
 
-_STEP_INTS = 11  # of a step's encoding; kStepInts of csrc/cpu/conv.cpp
 _MOST_SHAPES = 64
 
 
@@ -90,8 +89,8 @@ if _extension.has_schemas:
 
     @torch.library.register_fake("fastresnet::conv_relu_sequence")
     def _(x, packed, bias, steps):
-        outputs = [x]
-        for first in range(0, len(steps), _STEP_INTS):
-            source, _, _, *size, stride, padding, dilation, _ = steps[first : first + _STEP_INTS]
+        outputs, length = [x], len(steps) // len(packed)
+        for first in range(0, len(steps), length):
+            source, _, _, *size, stride, padding, dilation, _ = steps[first : first + length]
             outputs.append(empty_output(outputs[source], size, stride, padding, dilation))
         return outputs[-1]
