@@ -539,6 +539,32 @@ def test_contiguous_and_bfloat16_weights():
             assert torch.equal(ours, wanted)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    ("weight_size", "groups"),
+    [
+        ((16, 8, 3, 3), 1),
+        ((16, 8, 1, 1), 1),
+        ((8, 1, 3, 3), 8),
+        ((8, 1, 1, 1), 8),
+        ((16, 8, 1, 3), 1),
+    ],
+    ids=str,
+)
+def test_a_weights_gradient_has_its_strides(weight_size, groups, memory_format):
+    """Also where they say nothing about where a value lies: DistributedDataParallel compares them,
+    and warns."""
+    x = channels_last(2, 8, 6, 6)
+    weight = torch.randn(weight_size).to(memory_format=memory_format)
+    y, mean, var = ops.conv_stats(x, weight, groups=groups)
+    channels = weight_size[0]
+    norm = ops.Normalized(y, mean, var, torch.ones(channels), torch.zeros(channels), 1e-5, True)
+    grad = torch.randn_like(y)
+    sums, _ = ops.bn_sums(grad, None, y, mean)
+    result = ops.conv_bn_backward(grad, None, sums, norm, x, weight, groups=groups)
+    assert result.weight.stride() == weight.stride()
+
+
 def test_a_larger_stride_is_left_to_the_twins():
     x, weight = channels_last(2, 8, 11, 11), torch.randn(8, 8, 3, 3)
     found = ops.conv_stats(x, weight, stride=5)

@@ -13,8 +13,13 @@
 namespace fastresnet::cpu {
 namespace {
 
+// What new tensors of the weight's sizes have the weight's strides in, those of dimensions of size
+// 1 included.
 MemoryFormat format_of(const Tensor& weight) {
-  const bool nhwc = is_channels_last(weight) && !weight.is_contiguous();
+  const int64_t channels = weight.size(1), row = channels * weight.size(3);
+  const bool has_strides =
+      weight.stride(1) == 1 && weight.stride(3) == channels && weight.stride(2) == row;
+  const bool nhwc = is_channels_last(weight) && (has_strides || !weight.is_contiguous());
   return nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
