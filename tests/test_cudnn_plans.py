@@ -295,7 +295,7 @@ def problems_of_small_images() -> list[Problem]:
     return list(dict.fromkeys(p for name, side in SMALL.items() for p in problems_of(name, side)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("architecture", DEVICES)
 def test_plans_of_every_plain_convolution(plain: Path, architecture: str, dtype: str) -> None:
     """What has no plan together with its neighbours has one by itself."""
