@@ -21,7 +21,6 @@ from torchvision.models.vgg import make_layers
 
 import fastresnet
 from fastresnet import nn as fused
-from fastresnet import ops
 
 
 class Graphs:
@@ -221,4 +220,3 @@ def test_an_exported_network_has_torchs_convolutions() -> None:
     assert targets["aten.conv2d.default"] == 8
     assert not [target for target in targets if "autograd_function" in target]
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
-    assert ops.has_kernel(x)

@@ -295,8 +295,17 @@ def problems_of_small_images() -> list[Problem]:
     return list(dict.fromkeys(p for name, side in SMALL.items() for p in problems_of(name, side)))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("architecture", DEVICES)
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        pytest.param(
+            *(architecture, dtype),
+            marks=[] if (architecture, dtype) == ("sm_90", "bfloat16") else [pytest.mark.slow],
+        )
+        for architecture in DEVICES
+        for dtype in DTYPES
+    ],
+)
 def test_plans_of_every_plain_convolution(plain: Path, architecture: str, dtype: str) -> None:
     """What has no plan together with its neighbours has one by itself."""
     every = problems_of_every_network() + problems_of_small_images()

@@ -121,7 +121,7 @@ class _ResidualBlock(torch.autograd.Function):
         out, mask = join.forward()
         every = links if projection is None else [*links, projection]
         ctx.links, ctx.projection = links, projection
-        head, ctx.settings = ([x], None) if source is None else taken_apart(source)
+        head, ctx.of_head = ([x], None) if source is None else taken_apart(source)
         statistics = save_for_backward(ctx, every, outputs, mask, *head)
         ends = [output.x for output in outputs[len(links) - 1 :]]
         ctx.mark_non_differentiable(*ends, *statistics)
@@ -134,7 +134,7 @@ class _ResidualBlock(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         (mask, *head), weights, outputs = saved_tensors(ctx)
-        x = head[0] if ctx.settings is None else put_together(head, ctx.settings).forward()[0]
+        x = head[0] if ctx.of_head is None else put_together(head, ctx.of_head).forward()[0]
         gradients: list[Tensor | None] = [None] * (4 * len(outputs))
         grad = grad.contiguous(memory_format=torch.channels_last)
         wants_dx = ctx.needs_input_grad[4]

@@ -132,10 +132,8 @@ def conv_relu(
         RuntimeError, ValueError: shapes do not fit each other.
     """
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    filters = weight.weight if isinstance(weight, PackedWeight) else weight
-    if not has_conv_relu_kernel(x, filters, stride=stride, groups=groups):
-        weight = weight.scaled() if isinstance(weight, PackedWeight) else weight
-        return reference.conv_relu(x, weight, bias, residual, relu=relu, **geometry)
+    if not has_conv_relu_kernel(x, _filters(weight), stride=stride, groups=groups):
+        return reference.conv_relu(x, _unpacked(weight), bias, residual, relu=relu, **geometry)
     return launch_conv_relu(x, weight, bias, residual, relu=relu, **geometry)
 
 
@@ -153,16 +151,23 @@ def launch_conv_relu(
 ) -> Tensor:
     """:func:`conv_relu` of what :func:`has_conv_relu_kernel` was asked about before."""
     geometry = (stride, padding, dilation, groups)
-    packed = weight if isinstance(weight, PackedWeight) else None
-    filters = weight if packed is None else packed.weight
+    filters = _filters(weight)
     if not has_conv_kernel(x, filters, stride=stride, groups=groups):
-        weight = weight if packed is None else packed.scaled()
-        return _by_cudnn(x, weight, bias, residual, relu, *geometry)
+        return _by_cudnn(x, _unpacked(weight), bias, residual, relu, *geometry)
+    values = weight.for_input(x, *geometry) if isinstance(weight, PackedWeight) else weight
     bias = None if bias is None else bias.float()
-    weight = weight if packed is None else packed.for_input(x, *geometry)
     return torch.ops.fastresnet.conv_relu.default(
-        x, weight, filters.shape, bias, residual, relu, *geometry
+        x, values, filters.shape, bias, residual, relu, *geometry
     )
+
+
+def _filters(weight: Tensor | PackedWeight) -> Tensor:
+    """Of the weight's sizes and dtype, without the scale."""
+    return weight.weight if isinstance(weight, PackedWeight) else weight
+
+
+def _unpacked(weight: Tensor | PackedWeight) -> Tensor:
+    return weight.scaled() if isinstance(weight, PackedWeight) else weight
 
 
 def _by_cudnn(
