@@ -21,6 +21,7 @@ from torchvision.models.vgg import make_layers
 
 import fastresnet
 from fastresnet import nn as fused
+from fastresnet import ops
 
 
 class Graphs:
@@ -208,6 +209,14 @@ def test_a_compiled_network_infers_as_otherwise(name: str, autocast: bool) -> No
         convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
         assert graphs.calls["forward"]["fastresnet.conv_relu"] == convolutions
         assert not [target for target in graphs.calls["forward"] if "convolution" in target]
+
+
+@torch.no_grad()
+def test_what_no_kernel_takes_is_its_twins_in_a_graph_too() -> None:
+    x, weight = torch.randn(2, 8, 6, 6), torch.randn(8, 8, 3, 3)
+    compiled = torch.compile(ops.conv_relu, backend="aot_eager", fullgraph=True)
+    expected = ops.reference.conv_relu(x, weight, None, padding=1)
+    torch.testing.assert_close(compiled(x, weight, None, padding=1), expected)
 
 
 @pytest.mark.skipif(not has_ours, reason="there are none to be left out")

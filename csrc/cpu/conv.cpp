@@ -137,8 +137,9 @@ Tensor conv_pack_cpu(const Tensor& x, const Tensor& weight, int64_t stride, int6
   return packed;
 }
 
-WeightPacking check_packed(const char* op, const Tensor& packed, const ConvPlan& plan,
-                           DType dtype) {
+WeightPacking check_packed(const char* op, const Tensor& packed, const Tensor& x,
+                           const ConvPlan& plan, DType dtype) {
+  check_device(op, "weight", packed, x);
   check(packed.scalar_type() == ScalarType::Float && packed.is_contiguous(), op,
         ": expected packed weight as conv_pack makes it, got ", shape(packed), " of ",
         torch::headeronly::toString(packed.scalar_type()));
@@ -155,12 +156,11 @@ Tensor conv_relu_cpu(const Tensor& x, const Tensor& weight, std::vector<int64_t>
   const bool is_packed = weight.dim() == 1;
   const ConvShape s = is_packed ? check_conv(op, x, weight_size, stride, padding, dilation, groups)
                                 : check_conv(op, x, weight, stride, padding, dilation, groups);
-  check_device(op, "weight", weight, x);
   check(is_packed || weight.sizes().vec() == weight_size, op,
         ": expected weight of weight_size, got ", shape(weight));
   const DType dtype = dtype_of(op, x);
   const auto sharing = share_forward(s, dtype, false, is_packed);
-  const WeightPacking packing = is_packed ? check_packed(op, weight, sharing->plan, dtype)
+  const WeightPacking packing = is_packed ? check_packed(op, weight, x, sharing->plan, dtype)
                                           : WeightPacking(weight, sharing->plan, dtype, false);
 
   Tensor y = new_output(s, x);

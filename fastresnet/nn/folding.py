@@ -149,10 +149,8 @@ def run_steps(steps: Sequence[Step], x: Tensor) -> Tensor | None:
 
 
 def _run_traced(steps: Sequence[Step], x: Tensor) -> Tensor | None:
-    """:func:`run_steps` in a graph, which has no place for cuDNN's fused convolutions."""
-    links = (step.link for step in steps)
-    are_ours = all(is_standard(link) and _is_ours(link, x) for link in links)
-    if not are_ours or not _can_fold(steps, x):
+    """:func:`run_steps` in a graph."""
+    if not _can_fold(steps, x):
         return None
     outputs = [x]
     for (link, source, residual, relu), scale, bias in zip(steps, *_vectors(steps), strict=True):

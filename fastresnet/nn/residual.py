@@ -141,9 +141,10 @@ class _ResidualBlock(torch.autograd.Function):
 
         last = outputs[len(links) - 1]
         shortcut = outputs[-1] if projection is not None else None
-        sums, shortcut_sums = ops.launch_bn_sums(
+        # Past `ops.bn_sums`, which asks for layouts: torch.compile lets no backward do that.
+        sums, shortcut_sums = torch.ops.fastresnet.bn_sums.default(
             *(grad, mask, last.x, last.mean),
-            *((shortcut.x, shortcut.mean) if shortcut is not None else ()),
+            *((None, None) if shortcut is None else (shortcut.x, shortcut.mean)),
         )
         # What reaches x by the shortcut: the masked gradient itself, or its way back through the
         # projection.

@@ -21,7 +21,6 @@ from .conv import (
     conv_bn_backward,
     conv_stats,
     has_conv_kernel,
-    launch_bn_sums,
     launch_conv_bn_backward,
     launch_conv_stats,
 )
@@ -61,7 +60,6 @@ __all__ = [
     "has_conv_relu_kernel",
     "has_kernel",
     "has_max_pool_kernel",
-    "launch_bn_sums",
     "launch_conv_bn_backward",
     "launch_conv_relu",
     "launch_conv_stats",

@@ -122,21 +122,8 @@ def bn_sums(
         float64 [2, C], the sums of ``g`` and of ``g * (x - mean)``; the same for the residual, or
         None.
     """
-    compiled = has_kernel(x) and x.device.type == "cpu"
-    run = launch_bn_sums if compiled else reference.bn_sums
-    return run(grad, mask, x, mean, residual, residual_mean)
-
-
-def launch_bn_sums(
-    grad: Tensor,
-    mask: Tensor | None,
-    x: Tensor,
-    mean: Tensor,
-    residual: Tensor | None = None,
-    residual_mean: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """:func:`bn_sums` on the CPU of what :func:`fastresnet.ops.has_kernel` was asked about before:
-    torch.compile does not let a backward ask."""
+    if not (has_kernel(x) and x.device.type == "cpu"):
+        return reference.bn_sums(grad, mask, x, mean, residual, residual_mean)
     sums, residual_sums = torch.ops.fastresnet.bn_sums.default(
         grad, mask, x, mean, residual, residual_mean
     )

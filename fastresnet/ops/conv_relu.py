@@ -84,6 +84,8 @@ def _has_cudnn_kernel(x: Tensor, weight: Tensor, groups: int) -> bool:
     channels = 16 // x.element_size()
     return (
         groups == 1
+        # Neither the dispatcher nor cuDNN can be asked from within a graph.
+        and not torch.compiler.is_compiling()
         and _extension.takes(x.device)
         and _is_registered(x.device.type)
         and not torch.are_deterministic_algorithms_enabled()
