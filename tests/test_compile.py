@@ -114,13 +114,19 @@ NETWORKS = {
     ],
 )
 def test_a_compiled_network_trains_as_otherwise(name: str, training: bool, autocast: bool) -> None:
-    eager = NETWORKS[name]().train(training)
+    eager, graphs = NETWORKS[name]().train(training), Graphs()
     model = copy.deepcopy(eager)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend=graphs.backend, fullgraph=True)
     for _ in range(2):
         x = channels_last(2, 3, 32, 32)
         expected = results(eager, eager, x, autocast)
         assert_close(results(compiled, model, x, autocast), expected, autocast)
+    if has_ours:
+        convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+        assert graphs.calls["forward"]["fastresnet.conv_stats"] == convolutions
+        assert graphs.calls["backward"]["fastresnet.conv_bn_backward"] == convolutions
+        every = graphs.calls["forward"] + graphs.calls["backward"]
+        assert not [target for target in every if "convolution" in target or "batch_norm" in target]
 
 
 @traces_nodes
@@ -133,20 +139,6 @@ def test_batches_of_any_size_share_a_graph() -> None:
         expected = results(eager, eager, x, autocast=False)
         assert_close(results(compiled, model, x, autocast=False), expected, autocast=False)
     assert graphs.count == 1
-
-
-@traces_nodes
-@needs_ours
-@pytest.mark.parametrize("name", ["bottleneck", "vgg"])
-def test_its_convolutions_are_ours(name: str) -> None:
-    model, graphs = NETWORKS[name](), Graphs()
-    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    compiled = torch.compile(model, backend=graphs.backend, fullgraph=True)
-    compiled(channels_last(2, 3, 32, 32)).sum().backward()
-    assert graphs.calls["forward"]["fastresnet.conv_stats"] == convolutions
-    assert graphs.calls["backward"]["fastresnet.conv_bn_backward"] == convolutions
-    every = graphs.calls["forward"] + graphs.calls["backward"]
-    assert not [target for target in every if "convolution" in target or "batch_norm" in target]
 
 
 @traces_nodes
