@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -119,9 +120,9 @@ def test_same_seed_same_network_everywhere(name):
         {"replace_stride_with_dilation": [False, True, True]},
         {"groups": 4, "width_per_group": 8},
         {"width_per_group": 32},
-        {"norm_layer": lambda c: nn.GroupNorm(8, c)},
+        {"norm_layer": partial(nn.GroupNorm, 8)},
         {"norm_layer": torchvision.ops.FrozenBatchNorm2d},
-        {"norm_layer": lambda c: nn.BatchNorm2d(c, eps=1e-3, momentum=0.01)},
+        {"norm_layer": partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)},
         {"num_classes": 3},
     ],
     ids=str,
