@@ -83,7 +83,9 @@ PIXELS = {
 }
 # channels, groups
 GROUPS = {
+    "half_blocks": (96, 6),
     "quarter_blocks": (64, 8),
+    "pairs": (72, 36),
     "fours_in_a_part": (44, 11),
     "whole_blocks": (96, 3),
     "two_blocks": (128, 2),
@@ -265,7 +267,7 @@ def test_planes_of_places_against_float64(shape, geometry, dtype, prologue):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize("width", [4, 16, 64])
 def test_planes_of_places_in_groups(width, dtype):
     channels, groups = 128, 128 // width
     x = channels_last(33, channels, 2, 2, dtype=dtype)
@@ -515,6 +517,21 @@ def test_groups(pixels, groups, stride, dtype):
 )
 def test_random_shapes(shape, geometry, dtype, prologue):
     check(shape, geometry, dtype, prologue)
+
+
+@settings(max_examples=40)
+@given(
+    pixels=st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers(1, 12)),
+    width=st.sampled_from([1, 2, 4, 8, 16, 32, 64]),
+    groups=st.integers(2, 9),
+    geometry=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 3), st.integers(1, 2)),
+    dtype=st.sampled_from(DTYPES),
+    prologue=st.booleans(),
+)
+def test_random_groups(pixels, width, groups, geometry, dtype, prologue):
+    batch, height, columns = pixels
+    shape = (batch, width * groups, height, columns, width * groups)
+    check(shape, (*geometry, groups), dtype, prologue)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

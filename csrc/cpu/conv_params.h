@@ -13,8 +13,15 @@ namespace fastresnet::cpu {
 // Convolutions work on channels in blocks of this many, zeros filled in where there are fewer.
 constexpr int64_t kChannelBlock = 32;
 
-// Values that a pair of blocks of channels has of a weight, at one tap or product.
+// Values that a pair of blocks of channels has of a weight, at one tap or product: [output channel]
+// [input channel].
 constexpr int64_t kPairSize = kChannelBlock * kChannelBlock;
+
+// The same of a weight's gradient, which of narrow groups is [channel of the group's input][output
+// channel].
+inline int64_t pair_size(const ConvPlan& plan) {
+  return plan.narrow_groups ? plan.shape.channels / plan.shape.groups * kChannelBlock : kPairSize;
+}
 
 // Of a staged line, and of a processor's cache.
 constexpr int64_t kLineBytes = 64;

@@ -41,6 +41,7 @@ ConvPlan::ConvPlan(const ConvShape& given, ConvMethod method, int64_t bytes_a_pi
       tile(method.tile),
       patches(method.patches),
       in_place(method.in_place),
+      narrow_groups(method.narrow_groups),
       by_places(method.image_step > 0) {
   const ConvShape& s = shape;
   int64_t top = 0, bottom = 0, left = 0, right = 0;

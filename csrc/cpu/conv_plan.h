@@ -65,6 +65,8 @@ struct ConvMethod {
                            // 0: image after image
   bool patches = false;    // a pixel is all that the kernel reads for an output
   bool in_place = false;   // pixels are read where they lie, and not staged
+  bool narrow_groups = false;  // groups are narrower than a block of channels: each is multiplied
+                               // by itself, and not a block with zeros between them
 };
 
 // Which of `count` places, outputs or a kernel's rows, meet one of `pixels` pixels at a distance.
@@ -80,10 +82,11 @@ struct ConvBlock {
 
 struct ConvPlan {
   ConvShape given;
-  ConvShape shape;  // of the products: of patches, or of the given convolution
-  int64_t tile;     // as in ConvMethod
-  bool patches;     // as in ConvMethod
-  bool in_place;    // as in ConvMethod
+  ConvShape shape;     // of the products: of patches, or of the given convolution
+  int64_t tile;        // as in ConvMethod
+  bool patches;        // as in ConvMethod
+  bool in_place;       // as in ConvMethod
+  bool narrow_groups;  // as in ConvMethod
   std::vector<Phase> phases;
   std::vector<Tap> taps;  // by phase
   int64_t grid_height, grid_width;

@@ -151,7 +151,7 @@ struct GradientParts {
     const int64_t spare = std::max<int64_t>(1, out_blocks * met / threads());
     int64_t outs = 1, mets = std::min<int64_t>(spare, 8);
     if (plan.tile == 1) {
-      const int64_t pair_bytes = int64_t{sizeof(float)} * kPairSize * plan.products();
+      const int64_t pair_bytes = int64_t{sizeof(float)} * pair_size(plan) * plan.products();
       const int64_t pairs =
           std::clamp<int64_t>(second_level_cache() / kGradientShare / pair_bytes, 1, spare);
       mets = std::min(met, static_cast<int64_t>(std::sqrt(static_cast<double>(pairs))));
@@ -314,7 +314,7 @@ std::vector<double> backward_by_channels(const ConvBackwardParams& p, const Weig
   const Temporary memory(table.conv_backward_staged_floats(plan, p.dtype));
   float* staged = memory.floats();
   const GradientParts gradient_parts(plan);
-  const int64_t part_floats = gradient_parts.pairs() * kPairSize * plan.products();
+  const int64_t part_floats = gradient_parts.pairs() * pair_size(plan) * plan.products();
   // Added up over the blocks, if there are several.
   const Temporary totals(plan.blocks > 1 ? gradient_parts.parts() * part_floats : 0);
   float* total = totals.floats();
@@ -352,11 +352,14 @@ std::vector<double> backward_by_channels(const ConvBackwardParams& p, const Weig
 // How a convolution may be computed. Patches are of the input as it is, and have no gradient.
 std::vector<ConvMethod> methods(const ConvShape& s, DType dtype, bool may_be_patches) {
   const KernelTable& table = kernels();
-  std::vector<ConvMethod> found{{}};
+  const bool narrow_groups =
+      s.groups > 1 && s.channels / s.groups < kChannelBlock && table.conv_multiplies_groups(dtype);
+  std::vector<ConvMethod> found{{.narrow_groups = narrow_groups}};
   if (may_be_patches && s.groups == 1 && s.dilation == 1 &&
       s.kernel_height * s.kernel_width * s.channels <= kLargestPatch)
     found.push_back({.patches = true});
-  if (s.kernel_height * s.kernel_width > 1) found.push_back({1, table.conv_image_step(dtype)});
+  if (s.kernel_height * s.kernel_width > 1)
+    found.push_back({.image_step = table.conv_image_step(dtype), .narrow_groups = narrow_groups});
   if (s.kernel_height == 3 && s.kernel_width == 3 && s.stride == 1 && s.padding == 1 &&
       s.dilation == 1 && s.groups == 1)
     for (int64_t tile = 2; tile <= table.conv_largest_tile(dtype); tile *= 2)

@@ -34,7 +34,8 @@ std::array<int64_t, 4> strides(const Tensor& weight, const ConvPlan& plan) {
 
 int64_t padded_size(const ConvPlan& plan) {
   const ConvShape& s = plan.shape;
-  return padded(s.out_channels) * met_by_output(s, 0).count * kChannelBlock * plan.products();
+  return channel_blocks(s.out_channels) * met_by_output(s, 0).count * pair_size(plan) *
+         plan.products();
 }
 
 WeightPacking::WeightPacking(const Tensor& weight, const ConvPlan& plan, DType dtype,
@@ -90,7 +91,7 @@ void WeightGradient::store(int64_t out_block, int64_t met, const float* gradient
                                stride, taps);
     count = 1;
   } else {
-    tiles = gradients + pair * plan_.products() * kPairSize;
+    tiles = gradients + pair * plan_.products() * pair_size(plan_);
   }
   switch (dtype_) {
     case DType::bfloat16:
@@ -105,6 +106,7 @@ void WeightGradient::store(int64_t out_block, int64_t met, const float* gradient
 template <class W>
 void WeightGradient::store_as(int64_t n0, int64_t c0, const float* tiles, int64_t count,
                               int64_t stride) {
+  if (plan_.narrow_groups) return store_groups_as<W>(n0, tiles, count, stride);
   const ConvShape& s = plan_.shape;
   const int64_t rows = std::min(kChannelBlock, s.out_channels - n0);
   const int64_t width = s.channels / s.groups;
@@ -123,13 +125,32 @@ void WeightGradient::store_as(int64_t n0, int64_t c0, const float* tiles, int64_
           for (int64_t c = 0; c < kChannelBlock; ++c) total[c] += row[i * stride + c];
         row = total;
       }
-      const int64_t tap = plan_.taps[t].weight;
-      W* to = of_row + tap / s.kernel_width * strides_[2] + tap % s.kernel_width * strides_[3];
+      W* to = of_row + tap_offset(plan_.taps[t].weight);
       if (strides_[1] == 1)
         for (int64_t c = begin; c < end; ++c) to[c] = static_cast<W>(row[c]);
       else
         for (int64_t c = begin; c < end; ++c) to[c * strides_[1]] = static_cast<W>(row[c]);
     }
+  }
+}
+
+// [input channel of the group][output channel] of each tap.
+template <class W>
+void WeightGradient::store_groups_as(int64_t n0, const float* tiles, int64_t count,
+                                     int64_t stride) {
+  const ConvShape& s = plan_.shape;
+  const int64_t rows = std::min(kChannelBlock, s.out_channels - n0);
+  const int64_t width = s.channels / s.groups;
+  for (size_t t = 0; t < plan_.taps.size(); ++t) {
+    const float* tile = tiles + t * pair_size(plan_);
+    W* of_tap = static_cast<W*>(data_) + n0 * strides_[0] + tap_offset(plan_.taps[t].weight);
+    for (int64_t n = 0; n < rows; ++n)
+      for (int64_t c = 0; c < width; ++c) {
+        const float* value = tile + c * kChannelBlock + n;
+        float total = *value;
+        for (int64_t i = 1; i < count; ++i) total += value[i * stride];
+        of_tap[n * strides_[0] + c * strides_[1]] = static_cast<W>(total);
+      }
   }
 }
 

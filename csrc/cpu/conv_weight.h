@@ -13,8 +13,9 @@ namespace fastresnet::cpu {
 // Channels with the zeros that fill the last block.
 constexpr int64_t padded(int64_t channels) { return channel_blocks(channels) * kChannelBlock; }
 
-// Elements of all products' matrices of weights in whole blocks: channels filled in, and zeros for
-// pairs of channels of one block that share no group.
+// Elements of all products' matrices of weights in whole blocks: channels filled in, and, where
+// groups are not multiplied as narrow ones, zeros for pairs of channels of one block that share no
+// group.
 int64_t padded_size(const ConvPlan& plan);
 
 // How a weight is packed: in blocks of output channels, or (transposed) of input channels.
@@ -58,6 +59,12 @@ class WeightGradient {
  private:
   template <class W>
   void store_as(int64_t n0, int64_t c0, const float* tiles, int64_t count, int64_t stride);
+  template <class W>
+  void store_groups_as(int64_t n0, const float* tiles, int64_t count, int64_t stride);
+  int64_t tap_offset(int64_t weight) const {
+    const int64_t width = plan_.shape.kernel_width;
+    return weight / width * strides_[2] + weight % width * strides_[3];
+  }
 
   const ConvPlan& plan_;
   MemoryFormat format_;

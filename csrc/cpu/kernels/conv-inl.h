@@ -72,7 +72,7 @@ void conv_forward_of(const ConvForwardParams& p, const ConvBlock& block, float* 
   const StagedInput<E> staged(plan, memory);
   const Plane& first = staged.planes[plan.taps[0].phase];
   Pixels pixels = pixels_of<E, T>(p, block, first);
-  const int64_t tap_block = pixels.chunks * kLine * kChannelBlock;
+  const int64_t tap_block = tap_floats<E>(plan, met_by_output(s, 0).count);
   std::vector<TapOffset> taps;
   for (const Tap& tap : plan.taps)
     taps.push_back({staged.planes[tap.phase].lines - first.lines + plan.distance(tap) * kLine,
@@ -86,6 +86,8 @@ void conv_forward_of(const ConvForwardParams& p, const ConvBlock& block, float* 
   };
 
   pixels.taps = taps.data(), pixels.count = count;
+  const std::optional<Groups> groups = narrow_groups(plan, E::kDepth);
+  pixels.groups = groups ? &*groups : nullptr;
   const OutputStore<T> store_output{static_cast<T*>(p.y), s.out_channels, p.past_caches, moments};
   const auto operands_of = [&](int64_t n) -> Operands {
     const int64_t panel = met_by_output(s, n).first * kBlockPanels<E>;
@@ -218,8 +220,9 @@ void conv_input_gradient_of(const ConvBackwardParams& p, const ConvBlock& block,
   const ConvPlan& plan = *p.plan;
   const StagedBackward<E> staged(plan, memory);
   const Plane& gradients = staged.gradients;
-  const int64_t chunks = met_by_input(plan.shape, 0).count * kBlockPanels<E>;
-  const int64_t tap_block = chunks * kLine * kChannelBlock;
+  const MetBlocks met = met_by_input(plan.shape, 0);
+  const int64_t tap_block = tap_floats<E>(plan, met.count);
+  const std::optional<Groups> groups = narrow_groups(plan, E::kDepth);
   std::vector<TapOffset> taps;
   for (const Tap& tap : plan.taps)
     taps.push_back({-plan.distance(tap) * kLine, static_cast<int64_t>(taps.size()) * tap_block});
@@ -227,7 +230,9 @@ void conv_input_gradient_of(const ConvBackwardParams& p, const ConvBlock& block,
   const InputGradientStore<T> store_gradient{p, sums, sums + plan.shape.channels};
   for (const Phase& phase : plan.phases) {
     const TapOffset* of_phase = taps.data() + phase.first_tap;
-    const Pixels pixels{nullptr, kLine, gradients.panel_stride, of_phase, phase.taps, chunks};
+    Pixels pixels{nullptr,  kLine,      gradients.panel_stride,
+                  of_phase, phase.taps, met.count * kBlockPanels<E>};
+    pixels.groups = groups ? &*groups : nullptr;
     const auto taps_at = [&](int64_t row, int64_t column, std::vector<TapOffset>& at) {
       const int64_t place = (row * plan.pitch + column * plan.column_pitch) * kLine;
       for (int64_t i = 0; i < phase.taps; ++i) {
@@ -262,6 +267,8 @@ void conv_weight_gradient_of(const ConvBackwardParams& p, const ConvBlock& block
   const ConvPlan& plan = *p.plan;
   const StagedBackward<E> staged(plan, memory);
   const int64_t steps = (plan.span(block) + E::kDepth - 1) / E::kDepth;
+  // Of pixels in pairs: one channel an element.
+  const std::optional<Groups> groups = narrow_groups(plan, 1);
   for (int64_t n = out_blocks.begin; n < out_blocks.end; ++n) {
     Lines left = staged.left;
     left.first += 2 * n * left.panel_stride;
@@ -272,12 +279,13 @@ void conv_weight_gradient_of(const ConvBackwardParams& p, const ConvBlock& block
         Lines right = staged.right[tap.phase][place % E::kDepth];
         right.first += 2 * c * right.panel_stride;
         if (plan.by_places) {
-          place_outer_products<E>(plan, tap, left, right, add, dweight);
+          place_outer_products<E>(plan, tap, left, right, groups ? &*groups : nullptr, add,
+                                  dweight);
         } else {
           right.first += place / E::kDepth * kLine;
-          long_outer_product<E>(left, right, steps, add, dweight);
+          outer_product_of_block<E>(left, right, steps, groups ? &*groups : nullptr, add, dweight);
         }
-        dweight += kChannelBlock * kChannelBlock;
+        dweight += pair_size(plan);
       }
   }
 }
@@ -304,6 +312,12 @@ int64_t conv_largest_tile(DType dtype) {
   return tile;
 }
 
+bool conv_multiplies_groups(DType dtype) {
+  bool multiplies = false;
+  for_dtype(dtype, [&](auto zero) { multiplies = Element<decltype(zero)>::kNarrowGroups; });
+  return multiplies;
+}
+
 int64_t conv_image_step(DType dtype) {
   int64_t step = 1;
   for_dtype(dtype, [&](auto zero) {
@@ -326,7 +340,7 @@ int64_t conv_packed_floats(const ConvPlan& plan, DType dtype, bool transposed) {
   for_dtype(dtype, [&](auto zero) {
     using E = Element<decltype(zero)>;
     const MetBlocks met = transposed ? met_by_input(plan.shape, 0) : met_by_output(plan.shape, 0);
-    floats = plan.products() * met.count * kBlockPanels<E> * kLine * kChannelBlock;
+    floats = plan.products() * tap_floats<E>(plan, met.count);
   });
   return floats;
 }

@@ -60,20 +60,55 @@ inline void pack_chunk(const ConvWeight& weight, const ConvShape& s, bool transp
   }
 }
 
+// A tap of a column block whose groups are narrow: [steps][32 columns from `column` on].
+template <class E, class T, class W>
+inline void pack_groups(const ConvWeight& weight, const ConvShape& s, bool transposed,
+                        int64_t column, int64_t tap_offset, float* packed) {
+  const Groups groups(s.channels / s.groups, E::kDepth);
+  const int64_t columns = std::min(kChannelBlock, s.channels - column);
+  const W* from = static_cast<const W*>(weight.data) + tap_offset;
+  const T* as_used = nullptr;
+  for (int64_t step = 0; step < groups.steps; ++step, packed += kChannelBlock) {
+    float values[2][kChannelBlock] = {};
+    for (int64_t i = 0; i < columns; ++i)
+      for (int64_t d = 0; d < E::kDepth; ++d) {
+        const int64_t other = (groups.element(i) + step) * E::kDepth + d;
+        if (other / groups.width != i / groups.width) continue;
+        const int64_t n = column + (transposed ? other : i);
+        const int64_t within = (transposed ? i : other) % groups.width;
+        values[d][i] = static_cast<float>(from[n * weight.strides[0] + within * weight.strides[1]]);
+      }
+    for (int64_t i = 0; i < kChannelBlock; i += kWidth)
+      store(packed + i,
+            E::element(rounded(as_used, load(values[0] + i, Full{})),
+                       rounded(as_used, load(values[E::kDepth - 1] + i, Full{}))),
+            Full{});
+  }
+}
+
+// Floats of a column block's weights at one tap, if it meets so many blocks of channels.
+template <class E>
+int64_t tap_floats(const ConvPlan& plan, int64_t met) {
+  if (const auto groups = narrow_groups(plan, E::kDepth)) return groups->steps * kChannelBlock;
+  return met * kBlockPanels<E> * kLine * kChannelBlock;
+}
+
 template <class E, class T, class W>
 void conv_pack_of(const ConvWeight& weight, const ConvPlan& plan, bool transposed, int64_t block,
                   float* packed) {
   const ConvShape& s = plan.shape;
   const MetBlocks met = transposed ? met_by_input(s, block) : met_by_output(s, block);
   const int64_t column = block * kChannelBlock, row = met.first * kChannelBlock;
-  const int64_t chunks = met.count * kBlockPanels<E>;
+  const int64_t chunks = plan.narrow_groups ? 1 : met.count * kBlockPanels<E>;
+  const int64_t floats = tap_floats<E>(plan, met.count);
   const auto pack = [&](int64_t tap, int64_t chunk) {
     const Tap& t = plan.taps[tap];
     if (plan.by_places && plan.places_met(t) == 0) return;  // never read
     const int64_t offset = t.weight / s.kernel_width * weight.strides[2] +
                            t.weight % s.kernel_width * weight.strides[3];
-    pack_chunk<E, T, W>(weight, s, transposed, column, row + chunk * kLineChannels<E>, offset,
-                        packed + (tap * chunks + chunk) * kLine * kChannelBlock);
+    float* to = packed + tap * floats + chunk * kLine * kChannelBlock;
+    if (plan.narrow_groups) return pack_groups<E, T, W>(weight, s, transposed, column, offset, to);
+    pack_chunk<E, T, W>(weight, s, transposed, column, row + chunk * kLineChannels<E>, offset, to);
   };
   // In the order in which they lie in memory: channels of a tap, or taps of a channel, next to each
   // other.

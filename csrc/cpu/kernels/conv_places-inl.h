@@ -29,8 +29,8 @@ inline void for_place_products(const ConvBlock& block, const Source& to, Range r
           for (int64_t c = blocks.begin; c < blocks.end; ++c) {
             const Operands operands = operands_of(c);
             a.first = operands.lines + begin * a.row_stride;
-            multiply<E>(a, operands.weights, products + (c - blocks.begin) * Tile::kBlockFloats,
-                        part.size());
+            multiply_block<E>(a, operands.weights,
+                              products + (c - blocks.begin) * Tile::kBlockFloats, part.size());
           }
           store(Tile{products, blocks.begin * kChannelBlock, blocks.size()}, runs);
         });
@@ -40,20 +40,21 @@ inline void for_place_products(const ConvBlock& block, const Source& to, Range r
 }
 
 // The gradient of the weight at one tap: the outer products of the places that it meets, the rest
-// as outer_product. `left` and `right` begin with the first place of the output and of the input.
+// as outer_product_of_block. `left` and `right` begin with the first place of the output and of the
+// input.
 template <class E>
 inline void place_outer_products(const ConvPlan& plan, const Tap& tap, const Lines& left,
-                                 const Lines& right, bool add, float* c) {
+                                 const Lines& right, const Groups* groups, bool add, float* c) {
   const Range rows = plan.rows_met(tap), columns = plan.columns_met(tap);
-  if (plan.places_met(tap) == 0) return outer_product<E>(left, right, 0, add, c);
+  if (!add && plan.places_met(tap) == 0) std::fill(c, c + pair_size(plan), 0.0f);
   // Rows of the grid's width follow one another.
   const int64_t together = columns.size() == plan.grid_width ? rows.size() : 1;
   const int64_t lines = together * columns.size() * plan.column_pitch / E::kDepth;
   for (int64_t row = rows.begin; row < rows.end; row += together) {
     const int64_t of_output = row * plan.pitch + columns.begin * plan.column_pitch;
     const int64_t of_input = of_output + plan.distance(tap);
-    long_outer_product<E>({left.first + of_output / E::kDepth * kLine, left.panel_stride},
-                          {right.first + of_input / E::kDepth * kLine, right.panel_stride}, lines,
-                          add || row > rows.begin, c);
+    outer_product_of_block<E>({left.first + of_output / E::kDepth * kLine, left.panel_stride},
+                              {right.first + of_input / E::kDepth * kLine, right.panel_stride},
+                              lines, groups, add || row > rows.begin, c);
   }
 }

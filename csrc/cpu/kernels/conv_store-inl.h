@@ -108,12 +108,12 @@ inline void multiply_runs(const Runs& runs, Pixels a, const float* at, const flo
                           float* tile) {
   if (runs.joined) {
     a.first = at + runs.run[0].place * a.row_stride;
-    multiply<E>(a, b, tile, runs.rows);
+    multiply_block<E>(a, b, tile, runs.rows);
     return;
   }
   for (int i = 0; i < runs.count; ++i) {
     a.first = at + runs.run[i].place * a.row_stride;
-    multiply<E>(a, b, tile + runs.run[i].begin * kChannelBlock, runs.run[i].count);
+    multiply_block<E>(a, b, tile + runs.run[i].begin * kChannelBlock, runs.run[i].count);
   }
 }
 

@@ -9,6 +9,8 @@
 
 #include "cpu/kernels/tile-inl.h"
 
+#include "cpu/kernels/tile_groups-inl.h"
+
 #if defined(FASTRESNET_AMX)
 #include "cpu/kernels/tile_amx-inl.h"
 #endif
@@ -41,6 +43,7 @@ constexpr KernelTable kKernels = {
     .bn_backward_sums = bn_backward_sums,
     .bn_backward = bn_backward,
     .conv_largest_tile = conv_largest_tile,
+    .conv_multiplies_groups = conv_multiplies_groups,
     .conv_image_step = conv_image_step,
     .conv_line_channels = conv_line_channels,
     .conv_packed_floats = conv_packed_floats,

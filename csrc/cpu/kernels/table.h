@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -46,6 +47,9 @@ struct KernelTable {
 
   // The largest ConvPlan::tile that may be chosen: 1, 2 or 4.
   int64_t (*conv_largest_tile)(DType dtype);
+
+  // Whether ConvMethod::narrow_groups may be chosen.
+  bool (*conv_multiplies_groups)(DType dtype);
 
   // ConvMethod::image_step, where there is one.
   int64_t (*conv_image_step)(DType dtype);

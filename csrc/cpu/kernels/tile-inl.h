@@ -12,7 +12,8 @@
 // come in so many, the last ones read and written though not wanted. kOuterStep: so do the lines of
 // an outer product, zeros behind the last; kOuterLines: lines of one sum. kJoinedWidth: narrower
 // rows of an image are multiplied together with the padding between them. kMinimalFiltering:
-// whether a 3x3 convolution is better done by winograd-inl.h.
+// whether a 3x3 convolution is better done by winograd-inl.h. kNarrowGroups: whether groups
+// narrower than a block are better multiplied by tile_groups-inl.h than with zeros between them.
 
 constexpr int64_t kLine = 16;
 
@@ -30,6 +31,7 @@ struct OnVectors {
   static constexpr int64_t kOuterLines = 128;
   static constexpr int64_t kJoinedWidth = kProductRows / 2;
   static constexpr bool kMinimalFiltering = true;
+  static constexpr bool kNarrowGroups = true;
 
   struct Registers {};  // held while products are computed
   // Brings kOuterStep lines into the form that an outer product's left operand has.
@@ -84,6 +86,8 @@ struct TapOffset {
   int64_t pixels, weights;
 };
 
+struct Groups;  // tile_groups-inl.h
+
 // A matrix of pixels: lines of so many rows, row_stride floats apart, in `chunks` panels,
 // panel_stride floats apart, read once a tap.
 struct Pixels {
@@ -93,6 +97,7 @@ struct Pixels {
   int64_t count, chunks;
   // How many floats ahead lines are asked for that are not in the second-level cache; 0: all are.
   int64_t ahead = 0;
+  const Groups* groups = nullptr;  // narrow ones
 };
 
 // Weights are asked for so many floats ahead: those of many channels come from the third-level
@@ -140,32 +145,39 @@ inline void multiply_rows(const Pixels& a, const float* weights, bool add, float
     }
 }
 
-// The instance for so many rows, at most `rows`.
-template <class Element, bool dense, int rows = kProductRows>
-inline void multiply_some_rows(int64_t count, const Pixels& a, const float* b, bool add, float* c) {
-  if (count == rows) {
-    multiply_rows<Element, dense, rows>(a, b, add, c);
-  } else if constexpr (rows > 1) {
-    multiply_some_rows<Element, dense, rows - 1>(count, a, b, add, c);
-  }
+// Calls body(count as a constant), count being at most `most`.
+template <int most = kProductRows, class Body>
+inline void for_count(int64_t count, Body body) {
+  if (count == most)
+    body(std::integral_constant<int, most>{});
+  else if constexpr (most > 1)
+    for_count<most - 1>(count, body);
+}
+
+// Calls body(first column, rows) for what registers hold of a product of so many rows, shared out
+// evenly: a product of few rows waits for the ones before it.
+template <class Body>
+inline void for_product_parts(int64_t rows, Body body) {
+  const int64_t parts = (rows + kProductRows - 1) / kProductRows;
+  for (int64_t column = 0; column < kChannelBlock; column += kProductColumns)
+    for (int64_t part = 0; part < parts; ++part) body(column, part_of(rows, parts, part));
 }
 
 // c[rows, 32] = the pixels from a.first on, times b, [chunks, 16, 32] of each tap, added to c if so
-// wished. Rows are shared out evenly: a product of few rows waits for the ones before it.
+// wished.
 template <class Element>
 inline void multiply_once(Pixels a, const float* b, bool add, float* c, int64_t rows) {
   const float* first = a.first;
-  const int64_t parts = (rows + kProductRows - 1) / kProductRows;
-  for (int64_t column = 0; column < kChannelBlock; column += kProductColumns)
-    for (int64_t part = 0; part < parts; ++part) {
-      const auto [begin, end] = part_of(rows, parts, part);
-      a.first = first + begin * a.row_stride;
-      float* to = c + begin * kChannelBlock + column;
+  for_product_parts(rows, [&](int64_t column, Range part) {
+    a.first = first + part.begin * a.row_stride;
+    float* to = c + part.begin * kChannelBlock + column;
+    for_count(part.size(), [&](auto count) {
       if (a.row_stride == kLine)
-        multiply_some_rows<Element, true>(end - begin, a, b + column, add, to);
+        multiply_rows<Element, true, count>(a, b + column, add, to);
       else
-        multiply_some_rows<Element, false>(end - begin, a, b + column, add, to);
-    }
+        multiply_rows<Element, false, count>(a, b + column, add, to);
+    });
+  });
 }
 
 // The same without adding, of any number of taps and chunks: one sum over many of them would lose

@@ -33,6 +33,15 @@ inline Vec load_apart(const float* p, int64_t stride) {
   return {_mm256_i32gather_ps(p, at, 4)};
 }
 
+struct Order {
+  __m256i v;
+};
+inline Order load_order(const int32_t* p, int more) {
+  const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_add_epi32(lanes, _mm256_set1_epi32(more))};
+}
+inline Vec permute(Vec a, Order order) { return {_mm256_permutevar8x32_ps(a.v, order.v)}; }
+
 inline void store(float* p, Vec a, Full) { _mm256_storeu_ps(p, a.v); }
 inline void store(Half* p, Vec a, Full) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),

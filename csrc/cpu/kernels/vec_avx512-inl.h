@@ -7,8 +7,10 @@
 // elsewhere), load_lanes, store_lanes (bit i of the bytes is lane i; bits beyond a Part are 0),
 // exceeds (greater, or the first is NaN), select; load_apart, of float alone and only
 // where it is faster than row-inl.h's; Bytes, one a lane: broadcast_byte, select, equal,
-// load_bytes, store_bytes, widen (to floats), truncated (from floats in 0..255); transpose of 16 x
-// 16 floats or words, rows a stride apart; rounded, stream, finish_streams.
+// load_bytes, store_bytes, widen (to floats), truncated (from floats in 0..255); Order, the lane
+// that each lane of a permuted vector comes from: load_order (each of them `more` lanes on, modulo
+// kWidth), permute; transpose of 16 x 16 floats or words, rows a stride apart; rounded, stream,
+// finish_streams.
 
 constexpr int kWidth = 16;
 
@@ -67,6 +69,14 @@ inline Vec load_apart(const float* p, int64_t stride) {
   const __m512i at = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(stride)));
   return {_mm512_i32gather_ps(at, p, 4)};
 }
+
+struct Order {
+  __m512i v;
+};
+inline Order load_order(const int32_t* p, int more) {
+  return {_mm512_add_epi32(_mm512_loadu_si512(p), _mm512_set1_epi32(more))};
+}
+inline Vec permute(Vec a, Order order) { return {_mm512_permutexvar_ps(order.v, a.v)}; }
 
 inline void store(float* p, Vec a, Full) { _mm512_storeu_ps(p, a.v); }
 inline void store(float* p, Vec a, Part part) { _mm512_mask_storeu_ps(p, first(part), a.v); }

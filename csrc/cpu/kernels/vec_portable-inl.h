@@ -65,6 +65,18 @@ inline void store(T* p, Vec a, Full) {
   store(p, a, Part{kWidth});
 }
 
+struct Order {
+  int v[kWidth];
+};
+inline Order load_order(const int32_t* p, int more) {
+  Order order;
+  for (int i = 0; i < kWidth; ++i) order.v[i] = (p[i] + more) % kWidth;
+  return order;
+}
+inline Vec permute(Vec a, Order order) {
+  return map([&](int i) { return a.v[order.v[i]]; });
+}
+
 inline Lanes passes_relu(Vec z) {
   uint8_t bits = 0;
   for (int i = 0; i < kWidth; ++i) bits |= static_cast<uint8_t>(!(z.v[i] <= 0.0f)) << i;
