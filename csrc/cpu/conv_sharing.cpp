@@ -379,7 +379,7 @@ bool reads_in_place(const ConvShape& s, DType dtype) {
 
 // What the products cost: the lines of their rows. A product's weights cost what so many rows of it
 // would: to be packed, or, packed before, to be read from memory.
-constexpr int64_t kPackingRows = 40, kReadingRows = 10;
+constexpr int64_t kPackingRows = 40, kReadingRows = 20;
 double cost(const ConvPlan& plan, DType dtype, bool packed) {
   const int64_t rows_of_weight = packed ? kReadingRows : kPackingRows;
   return static_cast<double>(plan.rows_multiplied() + rows_of_weight * plan.products()) *
