@@ -20,7 +20,7 @@ constexpr int64_t kPairSize = kChannelBlock * kChannelBlock;
 // The same of a weight's gradient, which of narrow groups is [channel of the group's input][output
 // channel].
 inline int64_t pair_size(const ConvPlan& plan) {
-  return plan.narrow_groups ? plan.shape.channels / plan.shape.groups * kChannelBlock : kPairSize;
+  return plan.narrow_groups ? plan.shape.group_width() * kChannelBlock : kPairSize;
 }
 
 // Of a staged line, and of a processor's cache.

@@ -43,6 +43,7 @@ struct ConvShape {
   int64_t kernel_height, kernel_width, stride, padding, dilation;
   int64_t groups;
 
+  int64_t group_width() const { return channels / groups; }
   auto operator<=>(const ConvShape&) const = default;
 };
 

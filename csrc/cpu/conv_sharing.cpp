@@ -353,7 +353,7 @@ std::vector<double> backward_by_channels(const ConvBackwardParams& p, const Weig
 std::vector<ConvMethod> methods(const ConvShape& s, DType dtype, bool may_be_patches) {
   const KernelTable& table = kernels();
   const bool narrow_groups =
-      s.groups > 1 && s.channels / s.groups < kChannelBlock && table.conv_multiplies_groups(dtype);
+      s.groups > 1 && s.group_width() < kChannelBlock && table.conv_multiplies_groups(dtype);
   std::vector<ConvMethod> found{{.narrow_groups = narrow_groups}};
   if (may_be_patches && s.groups == 1 && s.dilation == 1 &&
       s.kernel_height * s.kernel_width * s.channels <= kLargestPatch)

@@ -109,7 +109,7 @@ void WeightGradient::store_as(int64_t n0, int64_t c0, const float* tiles, int64_
   if (plan_.narrow_groups) return store_groups_as<W>(n0, tiles, count, stride);
   const ConvShape& s = plan_.shape;
   const int64_t rows = std::min(kChannelBlock, s.out_channels - n0);
-  const int64_t width = s.channels / s.groups;
+  const int64_t width = s.group_width();
   float total[kChannelBlock];
   for (int64_t n = 0; n < rows; ++n) {
     // The columns that belong to the row's group.
@@ -140,7 +140,7 @@ void WeightGradient::store_groups_as(int64_t n0, const float* tiles, int64_t cou
                                      int64_t stride) {
   const ConvShape& s = plan_.shape;
   const int64_t rows = std::min(kChannelBlock, s.out_channels - n0);
-  const int64_t width = s.channels / s.groups;
+  const int64_t width = s.group_width();
   for (size_t t = 0; t < plan_.taps.size(); ++t) {
     const float* tile = tiles + t * pair_size(plan_);
     W* of_tap = static_cast<W*>(data_) + n0 * strides_[0] + tap_offset(plan_.taps[t].weight);

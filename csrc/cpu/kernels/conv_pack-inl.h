@@ -6,7 +6,7 @@
 template <class W>
 inline void load_weights(const ConvWeight& weight, const ConvShape& s, int64_t n, int64_t c,
                          int64_t count, int64_t tap_offset, int64_t ahead, float* values) {
-  const int64_t width = n < s.out_channels ? s.channels / s.groups : 0;
+  const int64_t width = n < s.out_channels ? s.group_width() : 0;
   const int64_t group = n / (s.out_channels / s.groups) * width;
   const int64_t begin = std::clamp<int64_t>(group - c, 0, count);
   const int64_t end = std::clamp<int64_t>(group + width - c, begin, count);
@@ -64,7 +64,7 @@ inline void pack_chunk(const ConvWeight& weight, const ConvShape& s, bool transp
 template <class E, class T, class W>
 inline void pack_groups(const ConvWeight& weight, const ConvShape& s, bool transposed,
                         int64_t column, int64_t tap_offset, float* packed) {
-  const Groups groups(s.channels / s.groups, E::kDepth);
+  const Groups groups(s.group_width(), E::kDepth);
   const int64_t columns = std::min(kChannelBlock, s.channels - column);
   const W* from = static_cast<const W*>(weight.data) + tap_offset;
   const T* as_used = nullptr;

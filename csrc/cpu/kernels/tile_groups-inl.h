@@ -43,7 +43,7 @@ struct Groups {
 // Those of a convolution, if it has any.
 inline std::optional<Groups> narrow_groups(const ConvPlan& plan, int64_t depth) {
   if (!plan.narrow_groups) return std::nullopt;
-  return Groups(plan.shape.channels / plan.shape.groups, depth);
+  return Groups(plan.shape.group_width(), depth);
 }
 
 // Of the vectors of columns from `vec` on.
