@@ -268,7 +268,8 @@ void conv_weight_gradient_of(const ConvBackwardParams& p, const ConvBlock& block
   const StagedBackward<E> staged(plan, memory);
   const int64_t steps = (plan.span(block) + E::kDepth - 1) / E::kDepth;
   // Of pixels in pairs: one channel an element.
-  const std::optional<Groups> groups = narrow_groups(plan, 1);
+  const std::optional<Groups> narrow = narrow_groups(plan, 1);
+  const Groups* groups = narrow ? &*narrow : nullptr;
   for (int64_t n = out_blocks.begin; n < out_blocks.end; ++n) {
     Lines left = staged.left;
     left.first += 2 * n * left.panel_stride;
@@ -279,11 +280,10 @@ void conv_weight_gradient_of(const ConvBackwardParams& p, const ConvBlock& block
         Lines right = staged.right[tap.phase][place % E::kDepth];
         right.first += 2 * c * right.panel_stride;
         if (plan.by_places) {
-          place_outer_products<E>(plan, tap, left, right, groups ? &*groups : nullptr, add,
-                                  dweight);
+          place_outer_products<E>(plan, tap, left, right, groups, add, dweight);
         } else {
           right.first += place / E::kDepth * kLine;
-          outer_product_of_block<E>(left, right, steps, groups ? &*groups : nullptr, add, dweight);
+          outer_product_of_block<E>(left, right, steps, groups, add, dweight);
         }
         dweight += pair_size(plan);
       }

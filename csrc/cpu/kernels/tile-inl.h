@@ -104,15 +104,33 @@ struct Pixels {
 // cache.
 constexpr int64_t kAhead = 32 * kChannelBlock;
 
+// The sums of some rows of a product, which stay in registers: all loops over them are unrolled.
+template <int rows>
+inline void clear(Vec (&sums)[rows][kProductVecs]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kProductVecs; ++v) sums[r][v] = broadcast(0.0f);
+}
+
+// Into rows of 32 columns, added to what is there if so wished.
+template <int rows>
+inline void store_sums(const Vec (&sums)[rows][kProductVecs], bool add, float* c) {
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kProductVecs; ++v) {
+      float* to = c + r * kChannelBlock + v * kWidth;
+      store(to, add ? load(to, Full{}) + sums[r][v] : sums[r][v], Full{});
+    }
+}
+
 // dense: rows follow one another line by line, which spares the registers that hold their places.
 template <class Element, bool dense, int rows>
 inline void multiply_rows(const Pixels& a, const float* weights, bool add, float* c) {
   const int64_t row_stride = dense ? kLine : a.row_stride;
   Vec sums[rows][kProductVecs];
-#pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < kProductVecs; ++v) sums[r][v] = broadcast(0.0f);
+  clear(sums);
   for (int64_t tap = 0; tap < a.count; ++tap) {
     const float* lines = a.first + a.taps[tap].pixels;
     const float* b = weights + a.taps[tap].weights;
@@ -136,13 +154,7 @@ inline void multiply_rows(const Pixels& a, const float* weights, bool add, float
       }
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < kProductVecs; ++v) {
-      float* to = c + r * kChannelBlock + v * kWidth;
-      store(to, add ? load(to, Full{}) + sums[r][v] : sums[r][v], Full{});
-    }
+  store_sums(sums, add, c);
 }
 
 // Calls body(count as a constant), count being at most `most`.
@@ -220,10 +232,7 @@ inline void outer_product(const Lines& a, const Lines& b, int64_t count, bool ad
         right[v] = b.first + at / kLine * b.panel_stride + at % kLine;
       }
       Vec sums[kOuterRows][kProductVecs];
-#pragma GCC unroll 16
-      for (int r = 0; r < kOuterRows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < kProductVecs; ++v) sums[r][v] = broadcast(0.0f);
+      clear(sums);
       // What is added to, of this turn and of the next.
       for (int r = 0; add && r < 2 * kOuterRows; ++r)
         for (int v = 0; v < kProductVecs; ++v)
@@ -240,13 +249,7 @@ inline void outer_product(const Lines& a, const Lines& b, int64_t count, bool ad
             sums[r][v] = Element::dot(value, columns[v], sums[r][v]);
         }
       }
-#pragma GCC unroll 16
-      for (int r = 0; r < kOuterRows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < kProductVecs; ++v) {
-          float* to = tile + r * kChannelBlock + v * kWidth;
-          store(to, add ? load(to, Full{}) + sums[r][v] : sums[r][v], Full{});
-        }
+      store_sums(sums, add, tile);
     }
 }
 

@@ -51,10 +51,7 @@ template <class E, bool one_a_vector, int rows>
 inline void multiply_group_rows(const Pixels& a, const Groups& groups, int64_t vec,
                                 const float* weights, float* c) {
   Vec sums[rows][kProductVecs];
-#pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < kProductVecs; ++v) sums[r][v] = broadcast(0.0f);
+  clear(sums);
   for (int64_t tap = 0; tap < a.count; ++tap) {
     const float* lines = a.first + a.taps[tap].pixels;
     const float* b = weights + a.taps[tap].weights;
@@ -77,11 +74,7 @@ inline void multiply_group_rows(const Pixels& a, const Groups& groups, int64_t v
         }
       }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < kProductVecs; ++v)
-      store(c + r * kChannelBlock + v * kWidth, sums[r][v], Full{});
+  store_sums(sums, false, c);
 }
 
 // c[rows, 32] = the pixels from a.first on, lines that follow one another, times b, [steps, 32] of
@@ -115,15 +108,14 @@ inline void multiply_block(const Pixels& a, const float* b, float* c, int64_t ro
 template <class E, bool one_a_vector, int count>
 inline void group_outer_steps(const Lines& a, const Lines& b, int64_t lines, const Groups& groups,
                               int64_t vec, int64_t step, bool add, float* c) {
-  Vec sums[kProductVecs][count];
+  Vec sums[count][kProductVecs];
+  clear(sums);
   const float *left[kProductVecs], *right[kProductVecs];
 #pragma GCC unroll 4
   for (int v = 0; v < kProductVecs; ++v) {
     const int64_t channel = (vec + v) * kWidth;
     left[v] = a.first + channel / kLine * a.panel_stride + channel % kLine;
     right[v] = b.first + groups.place(vec + v, b.panel_stride) + (one_a_vector ? step : 0);
-#pragma GCC unroll 8
-    for (int i = 0; i < count; ++i) sums[v][i] = broadcast(0.0f);
   }
   Order orders[count];  // of any vector: each begins with a whole group
 #pragma GCC unroll 8
@@ -141,16 +133,10 @@ inline void group_outer_steps(const Lines& a, const Lines& b, int64_t lines, con
           value = broadcast(from[i]);
         else
           value = permute(load(from, Full{}), orders[i]);
-        sums[v][i] = E::dot(rows, value, sums[v][i]);
+        sums[i][v] = E::dot(rows, value, sums[i][v]);
       }
     }
-#pragma GCC unroll 4
-  for (int v = 0; v < kProductVecs; ++v)
-#pragma GCC unroll 8
-    for (int i = 0; i < count; ++i) {
-      float* to = c + (step + i) * kChannelBlock + (vec + v) * kWidth;
-      store(to, add ? load(to, Full{}) + sums[v][i] : sums[v][i], Full{});
-    }
+  store_sums(sums, add, c + step * kChannelBlock + vec * kWidth);
 }
 
 // As long_outer_product, of narrow groups, whose lines hold one channel an element: c[width, 32].
