@@ -27,13 +27,17 @@ inline void load_weights(const ConvWeight& weight, const ConvShape& s, int64_t n
   for (int64_t i = begin; i < end; ++i) values[i] = static_cast<float>(from[i * stride]);
 }
 
-// One chunk of the lines of a column block and tap: [16 elements from the channel `from` on][32
-// columns from `column` on], rounded as values of T.
+// One chunk of the lines of a column block and tap: 16 elements from the channel `from` on, of 32
+// columns from `column` on, rounded as values of T. Their panels are panel_stride floats apart.
 template <class E, class T, class W>
 inline void pack_chunk(const ConvWeight& weight, const ConvShape& s, bool transposed,
-                       int64_t column, int64_t from, int64_t tap_offset, float* packed) {
+                       int64_t column, int64_t from, int64_t tap_offset, float* packed,
+                       int64_t panel_stride) {
   constexpr int64_t kRowsAhead = 16, kChannelsAhead = 128;
   float values[2][kChannelBlock];
+  const auto place = [&](int64_t i) {
+    return packed + i / kProductColumns * panel_stride + i % kProductColumns;
+  };
   const auto at = [&](int64_t row, int64_t i) {
     const T* as_used = nullptr;
     return rounded(as_used, load(values[row] + i, Full{}));
@@ -44,7 +48,7 @@ inline void pack_chunk(const ConvWeight& weight, const ConvShape& s, bool transp
         load_weights<W>(weight, s, from + k * E::kDepth + i, column, kChannelBlock, tap_offset,
                         kRowsAhead * weight.strides[0], values[i]);
       for (int64_t i = 0; i < kChannelBlock; i += kWidth)
-        store(packed + k * kChannelBlock + i, E::element(at(0, i), at(E::kDepth - 1, i)), Full{});
+        store(place(i) + k * kProductColumns, E::element(at(0, i), at(E::kDepth - 1, i)), Full{});
     }
     return;
   }
@@ -56,7 +60,7 @@ inline void pack_chunk(const ConvWeight& weight, const ConvShape& s, bool transp
       for (int64_t c = 0; c < kLineChannels<E>; c += kWidth)
         E::store_values(lines + i * kLine, c, at(0, c));
     }
-    transpose(lines, kLine, packed + half, kChannelBlock);
+    transpose(lines, kLine, place(half), kProductColumns);
   }
 }
 
@@ -106,9 +110,10 @@ void conv_pack_of(const ConvWeight& weight, const ConvPlan& plan, bool transpose
     if (plan.by_places && plan.places_met(t) == 0) return;  // never read
     const int64_t offset = t.weight / s.kernel_width * weight.strides[2] +
                            t.weight % s.kernel_width * weight.strides[3];
-    float* to = packed + tap * floats + chunk * kLine * kChannelBlock;
+    float* to = packed + tap * floats;
     if (plan.narrow_groups) return pack_groups<E, T, W>(weight, s, transposed, column, offset, to);
-    pack_chunk<E, T, W>(weight, s, transposed, column, row + chunk * kLineChannels<E>, offset, to);
+    pack_chunk<E, T, W>(weight, s, transposed, column, row + chunk * kLineChannels<E>, offset,
+                        to + chunk * kWeightLines, chunks * kWeightLines);
   };
   // In the order in which they lie in memory: channels of a tap, or taps of a channel, next to each
   // other.

@@ -11,8 +11,6 @@ namespace {
 
 #include "cpu/kernels/vec_avx2-inl.h"
 
-#include "cpu/kernels/vec_plain-inl.h"
-
 #include "cpu/kernels/level-inl.h"
 
 }  // namespace

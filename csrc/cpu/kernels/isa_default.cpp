@@ -9,8 +9,6 @@ namespace {
 
 #include "cpu/kernels/vec_portable-inl.h"
 
-#include "cpu/kernels/vec_plain-inl.h"
-
 #include "cpu/kernels/level-inl.h"
 
 }  // namespace

@@ -22,7 +22,7 @@ constexpr bool kManyRegisters = kWidth == 16;
 constexpr int kProductVecs = 2;
 constexpr int kProductColumns = kProductVecs * kWidth;
 constexpr int kProductRows = kManyRegisters ? 14 : 6;
-constexpr int kOuterRows = kManyRegisters ? 8 : 4;
+constexpr int kUnrolled = kManyRegisters ? 1 : 4;
 
 // What the Elements on vectors have in common.
 struct OnVectors {
@@ -100,9 +100,14 @@ struct Pixels {
   const Groups* groups = nullptr;  // narrow ones
 };
 
+// The weights of a tap are read panel by panel, a panel being the columns that registers hold:
+// [panel][chunk][16][kProductColumns].
+constexpr int64_t kWeightLines = kLine * kProductColumns;  // floats of a panel's chunk
+
 // Weights are asked for so many floats ahead: those of many channels come from the third-level
-// cache.
-constexpr int64_t kAhead = 32 * kChannelBlock;
+// cache. With fewer registers that takes more of the processor's time than it saves, as more loads
+// are needed for a sum.
+constexpr int64_t kAhead = kManyRegisters ? 32 * kProductColumns : 0;
 
 // The sums of some rows of a product, which stay in registers: all loops over them are unrolled.
 template <int rows>
@@ -137,12 +142,13 @@ inline void multiply_rows(const Pixels& a, const float* weights, bool add, float
     for (int64_t chunk = 0; chunk < a.chunks; ++chunk, lines += a.panel_stride) {
       if (a.ahead)
         for (int r = 0; r < rows; ++r) __builtin_prefetch(lines + a.ahead + r * row_stride);
-      for (int k = 0; k < kLine; ++k, b += kChannelBlock) {
+#pragma GCC unroll kUnrolled
+      for (int k = 0; k < kLine; ++k, b += kProductColumns) {
         Vec columns[kProductVecs];
 #pragma GCC unroll 4
         for (int v = 0; v < kProductVecs; ++v) {
           columns[v] = load(b + v * kWidth, Full{});
-          __builtin_prefetch(b + kAhead + v * kWidth);
+          if constexpr (kAhead > 0) __builtin_prefetch(b + kAhead + v * kWidth);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
@@ -175,19 +181,21 @@ inline void for_product_parts(int64_t rows, Body body) {
     for (int64_t part = 0; part < parts; ++part) body(column, part_of(rows, parts, part));
 }
 
-// c[rows, 32] = the pixels from a.first on, times b, [chunks, 16, 32] of each tap, added to c if so
-// wished.
+// c[rows, 32] = the pixels from a.first on, times the weights b of each tap, whose panels are
+// panel_stride floats apart, added to c if so wished.
 template <class Element>
-inline void multiply_once(Pixels a, const float* b, bool add, float* c, int64_t rows) {
+inline void multiply_once(Pixels a, const float* b, int64_t panel_stride, bool add, float* c,
+                          int64_t rows) {
   const float* first = a.first;
   for_product_parts(rows, [&](int64_t column, Range part) {
     a.first = first + part.begin * a.row_stride;
+    const float* weights = b + column / kProductColumns * panel_stride;
     float* to = c + part.begin * kChannelBlock + column;
     for_count(part.size(), [&](auto count) {
       if (a.row_stride == kLine)
-        multiply_rows<Element, true, count>(a, b + column, add, to);
+        multiply_rows<Element, true, count>(a, weights, add, to);
       else
-        multiply_rows<Element, false, count>(a, b + column, add, to);
+        multiply_rows<Element, false, count>(a, weights, add, to);
     });
   });
 }
@@ -206,7 +214,8 @@ inline void multiply(Pixels a, const float* b, float* c, int64_t rows) {
       some.taps += tap;
       some.count = std::min(taps, a.count - tap);
       some.chunks = std::min(kChunks, a.chunks - chunk);
-      multiply_once<Element>(some, b + chunk * kLine * kChannelBlock, tap + chunk > 0, c, rows);
+      multiply_once<Element>(some, b + chunk * kWeightLines, a.chunks * kWeightLines,
+                             tap + chunk > 0, c, rows);
     }
     tap += taps;
   } while (tap < a.count);
@@ -218,39 +227,54 @@ struct Lines {
   int64_t panel_stride;
 };
 
+// c[rows, kProductColumns] = the sum over `count` lines of the left one's channels times those of
+// the right one, added to c if so wished.
+template <class Element, int rows>
+inline void outer_product_rows(const float* left, const float* const (&right)[kProductVecs],
+                               int64_t count, bool add, float* c) {
+  Vec sums[rows][kProductVecs];
+  clear(sums);
+#pragma GCC unroll kUnrolled
+  for (int64_t i = 0; i < count; ++i) {
+    Vec columns[kProductVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kProductVecs; ++v) columns[v] = load(right[v] + i * kLine, Full{});
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      const Vec value = broadcast(left[i * kLine + r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kProductVecs; ++v)
+        sums[r][v] = Element::dot(value, columns[v], sums[r][v]);
+    }
+  }
+  store_sums(sums, add, c);
+}
+
 // c[32, 32] = the sum over `count` lines of a's channels times b's, added to c if so wished: a sum
 // of sums, which loses fewer bits than one over all lines of all blocks.
 template <class Element>
 inline void outer_product(const Lines& a, const Lines& b, int64_t count, bool add, float* c) {
-  for (int64_t row = 0; row < kChannelBlock; row += kOuterRows)
+  constexpr int kParts = (kLine + kProductRows - 1) / kProductRows;  // of a panel of a's
+  constexpr int kMost = (kLine + kParts - 1) / kParts;               // rows of one
+  for (int64_t part = 0; part < kChannelBlock / kLine * kParts; ++part) {
+    const Range rows = part_of(kLine, kParts, part % kParts);
+    const float* left = a.first + part / kParts * a.panel_stride + rows.begin;
+    float* first = c + (part / kParts * kLine + rows.begin) * kChannelBlock;
     for (int64_t column = 0; column < kChannelBlock; column += kProductColumns) {
-      float* tile = c + row * kChannelBlock + column;
-      const float* left = a.first + row / kLine * a.panel_stride + row % kLine;
       const float* right[kProductVecs];
       for (int v = 0; v < kProductVecs; ++v) {
         const int64_t at = column + v * kWidth;
         right[v] = b.first + at / kLine * b.panel_stride + at % kLine;
       }
-      Vec sums[kOuterRows][kProductVecs];
-      clear(sums);
       // What is added to, of this turn and of the next.
-      for (int r = 0; add && r < 2 * kOuterRows; ++r)
+      for (int64_t r = 0; add && r < 2 * rows.size(); ++r)
         for (int v = 0; v < kProductVecs; ++v)
-          __builtin_prefetch(tile + r * kChannelBlock + v * kWidth, 1);
-      for (int64_t i = 0; i < count; ++i) {
-        Vec columns[kProductVecs];
-#pragma GCC unroll 4
-        for (int v = 0; v < kProductVecs; ++v) columns[v] = load(right[v] + i * kLine, Full{});
-#pragma GCC unroll 16
-        for (int r = 0; r < kOuterRows; ++r) {
-          const Vec value = broadcast(left[i * kLine + r]);
-#pragma GCC unroll 4
-          for (int v = 0; v < kProductVecs; ++v)
-            sums[r][v] = Element::dot(value, columns[v], sums[r][v]);
-        }
-      }
-      store_sums(sums, add, tile);
+          __builtin_prefetch(first + r * kChannelBlock + column + v * kWidth, 1);
+      for_count<kMost>(rows.size(), [&](auto of_part) {
+        outer_product_rows<Element, of_part>(left, right, count, add, first + column);
+      });
     }
+  }
 }
 
 // The same of many lines, of which one sum would lose more bits than a sum of sums does.

@@ -18,13 +18,15 @@ inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 // maxps returns its second operand where either is NaN.
 inline Vec relu(Vec a) { return {_mm256_max_ps(_mm256_setzero_ps(), a.v)}; }
 
-inline Vec load(const float* p, Full) { return {_mm256_loadu_ps(p)}; }
-inline Vec load(const Half* p, Full) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+inline Vec widen(const Half*, __m128i v) { return {_mm256_cvtph_ps(v)}; }
+inline Vec widen(const BFloat16*, __m128i v) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16))};
 }
-inline Vec load(const BFloat16* p, Full) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+
+inline Vec load(const float* p, Full) { return {_mm256_loadu_ps(p)}; }
+template <class T>
+inline Vec load(const T* p, Full) {
+  return widen(p, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
 inline Vec load_apart(const float* p, int64_t stride) {
@@ -42,12 +44,10 @@ inline Order load_order(const int32_t* p, int more) {
 }
 inline Vec permute(Vec a, Order order) { return {_mm256_permutevar8x32_ps(a.v, order.v)}; }
 
-inline void store(float* p, Vec a, Full) { _mm256_storeu_ps(p, a.v); }
-inline void store(Half* p, Vec a, Full) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+inline __m128i narrow(const Half*, Vec a) {
+  return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-inline void store(BFloat16* p, Vec a, Full) {
+inline __m128i narrow(const BFloat16*, Vec a) {
   // Round to nearest even by an integer addition, which would carry a NaN into an infinity.
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -55,9 +55,14 @@ inline void store(BFloat16* p, Vec a, Full) {
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
   const __m256i high =
       _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
-  const __m256i packed =
-      _mm256_permute4x64_epi64(_mm256_packus_epi32(high, _mm256_setzero_si256()), 0xd8);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  return _mm256_castsi256_si128(
+      _mm256_permute4x64_epi64(_mm256_packus_epi32(high, _mm256_setzero_si256()), 0xd8));
+}
+
+inline void store(float* p, Vec a, Full) { _mm256_storeu_ps(p, a.v); }
+template <class T>
+inline void store(T* p, Vec a, Full) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(p, a));
 }
 
 template <class T>
@@ -72,6 +77,25 @@ inline void store(T* p, Vec a, Part part) {
   store(buffer, a, Full{});
   std::memcpy(p, buffer, part.count * sizeof(T));
 }
+
+inline Vec rounded(const float*, Vec a) { return a; }
+template <class T>
+inline Vec rounded(const T* p, Vec a) {
+  return widen(p, narrow(p, a));
+}
+
+inline void stream(float* p, const Vec (&a)[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) _mm256_stream_ps(p + i * kWidth, a[i].v);
+}
+template <class T>
+inline void stream(T* p, const Vec (&a)[4]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p + i * kWidth), narrow(p, a[i]));
+}
+
+inline void finish_streams() { _mm_sfence(); }
 
 inline Lanes passes_relu(Vec z) { return {_mm256_cmp_ps(z.v, _mm256_setzero_ps(), _CMP_NLE_UQ)}; }
 inline Vec keep(Lanes lanes, Vec a) { return {_mm256_and_ps(lanes.v, a.v)}; }
@@ -123,3 +147,36 @@ inline void store_bytes(uint8_t* p, Bytes a, Part part) {
 }
 inline Vec widen(Bytes a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline Bytes truncated(Vec a) { return {_mm256_cvttps_epi32(a.v)}; }
+
+template <class T>
+inline void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+  static_assert(sizeof(T) == sizeof(float));
+  // Squares of 8: pairs of rows, then of pairs, within 128 bits; then those.
+  for (int row = 0; row < 16; row += 8)
+    for (int column = 0; column < 16; column += 8) {
+      const auto* first = reinterpret_cast<const float*>(from + row * from_stride + column);
+      auto* last = reinterpret_cast<float*>(to + column * to_stride + row);
+      __m256 a[8], b[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(first + i * from_stride);
+#pragma GCC unroll 4
+      for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 8; i += 4) {
+        a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+        a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+        a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+        a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const __m256 low = _mm256_permute2f128_ps(a[i], a[i + 4], 0x20);
+        const __m256 high = _mm256_permute2f128_ps(a[i], a[i + 4], 0x31);
+        _mm256_storeu_ps(last + i * to_stride, low);
+        _mm256_storeu_ps(last + (i + 4) * to_stride, high);
+      }
+    }
+}

@@ -65,6 +65,21 @@ inline void store(T* p, Vec a, Full) {
   store(p, a, Part{kWidth});
 }
 
+template <class T>
+inline Vec rounded(const T*, Vec a) {
+  T buffer[kWidth];
+  store(buffer, a, Full{});
+  return load(buffer, Full{});
+}
+
+// Not past the caches: no processor of interest stops at this level.
+template <class T>
+inline void stream(T* p, const Vec (&a)[32 / kWidth]) {
+  for (int i = 0; i < 32 / kWidth; ++i) store(p + i * kWidth, a[i], Full{});
+}
+
+inline void finish_streams() {}
+
 struct Order {
   int v[kWidth];
 };
@@ -136,4 +151,10 @@ inline Bytes truncated(Vec a) {
   Bytes r;
   for (int i = 0; i < kWidth; ++i) r.v[i] = static_cast<uint8_t>(a.v[i]);
   return r;
+}
+
+template <class T>
+inline void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) to[j * to_stride + i] = from[i * from_stride + j];
 }

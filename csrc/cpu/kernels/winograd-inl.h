@@ -296,8 +296,8 @@ void winograd_weight_gradient(const ConvBackwardParams& p, const ConvBlock& bloc
 
 // Weights ------------------------------------------------------------------------------------
 
-// A block of columns of the weight's transform, [position][chunk][16][32]. Transposed, the kernel
-// is turned around: that is the gradient of the input.
+// A block of columns of the weight's transform, of each position in the order of a tap's weights.
+// Transposed, the kernel is turned around: that is the gradient of the input.
 template <int tile, class T, class W>
 void winograd_pack(const ConvWeight& weight, const ConvPlan& plan, bool transposed, int64_t block,
                    float* packed) {
@@ -306,18 +306,20 @@ void winograd_pack(const ConvWeight& weight, const ConvPlan& plan, bool transpos
   const int64_t chunks = panels<Single>(transposed ? s.out_channels : s.channels);
   const int64_t position_stride = packed_position(plan, transposed);
   constexpr int64_t kChunk = kLine * kChannelBlock;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk, packed += kChunk) {
+  for (int64_t chunk = 0; chunk < chunks; ++chunk, packed += kWeightLines) {
     alignas(64) float taps[9][kChunk];
     for (int64_t tap = 0; tap < 9; ++tap)
       pack_chunk<Single, T, W>(weight, s, transposed, block * kChannelBlock, chunk * kLine,
                                tap / 3 * weight.strides[2] + tap % 3 * weight.strides[3],
-                               taps[transposed ? 8 - tap : tap]);
-    for (int64_t at = 0; at < kChunk; at += kWidth)
+                               taps[transposed ? 8 - tap : tap], kWeightLines);
+    for (int64_t at = 0; at < kChunk; at += kWidth) {
+      float* to = packed + at / kWeightLines * chunks * kWeightLines + at % kWeightLines;
       transform<3, kSide>([](const auto& in, auto& out) { Winograd<tile>::weight(in, out); },
                           [&](int i, int j) { return load(taps[i * 3 + j] + at, Full{}); },
                           [&](int i, int j, Vec value) {
-                            store(packed + (i * kSide + j) * position_stride + at, value, Full{});
+                            store(to + (i * kSide + j) * position_stride, value, Full{});
                           });
+    }
   }
 }
 
