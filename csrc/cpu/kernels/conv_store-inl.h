@@ -7,7 +7,7 @@
 #if defined(FASTRESNET_AMX)
 constexpr int kStoreRows = 64;
 #else
-constexpr int kStoreRows = kManyRegisters ? 56 : 48;
+constexpr int kStoreRows = kManyRegisters ? 56 : 54;
 #endif
 
 // Blocks of channels that are stored together: 128 bytes of a pixel of 16-bit values, which memory
@@ -56,7 +56,8 @@ struct Runs {
 
 // Calls body(runs) over some rows of a block's values of one image, at most kStoreRows of a product
 // at a time. A run is a row of the image, or several where they follow each other in the plane and
-// in memory; rows of few pixels are multiplied together with the padding between them.
+// in memory; rows without padding between them are multiplied together, and rows of few pixels with
+// it.
 template <class E, class Body>
 inline void for_tiles(const ConvPlan& plan, const ConvBlock& block, const Source& source,
                       int64_t image, Range rows, Body body) {
@@ -72,7 +73,7 @@ inline void for_tiles(const ConvPlan& plan, const ConvBlock& block, const Source
     }
     return;
   }
-  if (source.width < E::kJoinedWidth) {
+  if (source.width == plan.pitch || source.width < E::kJoinedWidth) {
     const int64_t end = (end_row - 1) * plan.pitch + source.width;
     for (int64_t place = first_row * plan.pitch; place < end; place += kStoreRows) {
       Runs runs;
