@@ -8,12 +8,12 @@
 //   channels.
 //
 // An Element says what a line holds (values of kDepth channels an element) and how its products are
-// computed. kRowStep: rows of a product
-// come in so many, the last ones read and written though not wanted. kOuterStep: so do the lines of
-// an outer product, zeros behind the last; kOuterLines: lines of one sum. kJoinedWidth: narrower
-// rows of an image are multiplied together with the padding between them. kMinimalFiltering:
-// whether a 3x3 convolution is better done by winograd-inl.h. kNarrowGroups: whether groups
-// narrower than a block are better multiplied by tile_groups-inl.h than with zeros between them.
+// computed. kRowStep: rows of a product come in so many, the last ones read and written though not
+// wanted. kOuterStep: so do the lines of an outer product, zeros behind the last; kOuterLines:
+// lines of one sum. kJoinedWidth: narrower rows of an image are multiplied together with the
+// padding between them. kMinimalFiltering: whether a 3x3 convolution is better done by
+// winograd-inl.h. kNarrowGroups: whether groups narrower than a block are better multiplied by
+// tile_groups-inl.h than with zeros between them.
 
 constexpr int64_t kLine = 16;
 
@@ -22,6 +22,7 @@ constexpr bool kManyRegisters = kWidth == 16;
 constexpr int kProductVecs = 2;
 constexpr int kProductColumns = kProductVecs * kWidth;
 constexpr int kProductRows = kManyRegisters ? 14 : 6;
+// Turns of a product's innermost loop, which is short where sums are few, that are one.
 constexpr int kUnrolled = kManyRegisters ? 1 : 4;
 
 // What the Elements on vectors have in common.
