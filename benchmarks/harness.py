@@ -310,12 +310,22 @@ def cpu_model() -> str:
     return f"{found['model name']} (family {numbers[0]}, model {numbers[1]})"
 
 
-def git_revision() -> str:
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+def git_revision(folder: Path = RESULTS.parent) -> str:
+    """The commit checked out, "-dirty" behind it if files differ from it: other files than results,
+    to which measuring itself adds."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        commit = git("describe", "--always")
+        changes = git("diff", "--quiet", "HEAD", "--", ":/", f":(exclude){RESULTS.name}")
+    except OSError:
         return "unknown"
+    if commit.returncode:
+        return "unknown"
+    return commit.stdout.strip() + ("-dirty" if changes.returncode else "")
 
 
 def first_line(error: Exception) -> str:

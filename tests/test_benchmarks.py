@@ -5,6 +5,7 @@ is wrong is not timed, and what they wrote becomes the report."""
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -209,6 +210,30 @@ def test_a_generation_of_processors_has_a_name_of_its_own(
     monkeypatch.setattr(Path, "exists", lambda _: True)
     monkeypatch.setattr(Path, "read_text", lambda _: text + text)
     assert harness.cpu_model() == "AMD EPYC (family 26, model 2)"
+
+
+def test_a_revision_with_new_results_is_the_same(tmp_path: Path) -> None:
+    folder = tmp_path / "benchmarks"
+    code, rows = tmp_path / "kernel.cpp", folder / harness.RESULTS.name / "rows.jsonl"
+    rows.parent.mkdir(parents=True)
+
+    def git(*arguments: str) -> None:
+        command = ["git", "-c", "user.name=A", "-c", "user.email=a@example.org", *arguments]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+
+    assert harness.git_revision(folder) == "unknown"
+    code.write_text("1")
+    rows.write_text("{}\n")
+    git("init")
+    git("add", "--all")
+    git("commit", "--message", "first")
+    revision = harness.git_revision(folder)
+    assert len(revision) >= 7
+    assert "dirty" not in revision
+    rows.write_text("{}\n{}\n")
+    assert harness.git_revision(folder) == revision
+    code.write_text("2")
+    assert harness.git_revision(folder) == f"{revision}-dirty"
 
 
 def test_largest_errors_are_those_of_other_batches() -> None:
