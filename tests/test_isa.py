@@ -82,6 +82,19 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         out = torch.ops.fastresnet.global_avg_pool(many)
         dx = torch.ops.fastresnet.global_avg_pool_backward(out, 9, 7)
         results[f"global_avg_pool {dtype} {channels}"] = [out, dx]
+    # What is large is written past the caches.
+    large = torch.randn(9, 64, 31, 61).to(dtype).contiguous(memory_format=torch.channels_last)
+    assert large.numel() * large.element_size() >= 2**21
+    bn = (*ops.bn_stats(large), torch.ones(64), torch.zeros(64))
+    weight = (torch.randn(64, 64, 1, 1) / 8).to(dtype)
+    y, y_mean, y_var = torch.ops.fastresnet.conv_stats(large, *bn, 1e-5, weight, 1, 0, 1, 1)
+    y_grad = large / 4  # gradients up to 9 come down to the size of one
+    sums, _ = torch.ops.fastresnet.bn_sums(y_grad, None, y, y_mean, None, None)
+    dx, *_ = torch.ops.fastresnet.conv_bn_backward(
+        *(y_grad, None, sums, y, y_mean, y_var, bn[2], 1e-5, True, large, *bn, 1e-5, weight),
+        *(None, None, 1, 0, 1, 1, True),
+    )
+    results[f"large {dtype}"] = [ops.bn_relu(large, *bn, training=True), y, dx]
 torch.save(results, sys.argv[1])
 """
 
