@@ -497,6 +497,23 @@ def test_verdicts(ratio, noise, bar, lower, text) -> None:
     assert report.verdict(ratio, noise, bar, lower=lower) == text
 
 
+def test_the_best_peer_may_be_stock() -> None:
+    def row(provider: str, role: str, p50: float) -> dict[str, object]:
+        return {"provider": provider, "role": role, "p50": p50, "status": "ok"}
+
+    rows = {
+        row["provider"]: row
+        for row in (
+            row("torchvision", "baseline", 8.0),
+            row("torch.compile", "peer", 7.0),
+            row("fastresnet", "ours", 20.0),
+            row("stock torchvision", "context", 10.0),
+            row("torch, convolution alone", "context", 40.0),  # less work
+        )
+    }
+    assert report.Result(rows).ratio == 2.0
+
+
 def test_context_computes_the_convolution_only() -> None:
     link = bench_conv_layers.make_link(conv_case("last", mode="backward"))
     alone, whole = TorchConvolution(link), Torch(link)
