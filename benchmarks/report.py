@@ -72,6 +72,7 @@ PLOTTED = {
     "train_memory": "memory of a training step, best peer = 1",
     "conv_layers": "speed of the convolutions, the floor = 1",
 }
+STOCK = "stock torchvision"  # the name of its provider
 PAGE_INTRODUCTION = (
     "Written by `benchmarks/report.py` from the measurements in `benchmarks/results/`: the latest "
     "of each case on each machine, losing rows included. Speeds: providers run in turn in one "
@@ -105,7 +106,7 @@ class Result:
     def peer(self) -> dict[str, Any] | None:
         """The best of what someone could run instead, torchvision as it is delivered included: at
         small sizes that may be its fastest form."""
-        return self.best("baseline", "peer", "stock torchvision")
+        return self.best("baseline", "peer", STOCK)
 
     @property
     def noise(self) -> float | None:
@@ -340,7 +341,7 @@ def plot(suite: str, results: list[Result]) -> Path | None:
     bars = {"fastresnet": [result.ratio for result in shown]}
     context = [relative(result, "context") for result in shown]
     if any(context):
-        bars["stock torchvision"] = context
+        bars[STOCK] = context
     labels = [result.first["case"] for result in shown]
     return draw(suite, labels, bars)
 

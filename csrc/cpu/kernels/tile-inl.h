@@ -22,7 +22,7 @@ constexpr bool kManyRegisters = kWidth == 16;
 constexpr int kProductVecs = 2;
 constexpr int kProductColumns = kProductVecs * kWidth;
 constexpr int kProductRows = kManyRegisters ? 14 : 6;
-// Turns of a product's innermost loop, which is short where sums are few, that are one.
+// Turns of a product's innermost loop that are unrolled into one: with few sums a turn is short.
 constexpr int kUnrolled = kManyRegisters ? 1 : 4;
 
 // What the Elements on vectors have in common.
@@ -131,6 +131,18 @@ inline void store_sums(const Vec (&sums)[rows][kProductVecs], bool add, float* c
     }
 }
 
+// sums[rows, columns] += the values of the rows, `stride` floats apart, times those of the columns.
+template <class Element, int rows>
+inline void add_products(const float* values, int64_t stride, const Vec (&columns)[kProductVecs],
+                         Vec (&sums)[rows][kProductVecs]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+    const Vec value = broadcast(values[r * stride]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kProductVecs; ++v) sums[r][v] = Element::dot(value, columns[v], sums[r][v]);
+  }
+}
+
 // dense: rows follow one another line by line, which spares the registers that hold their places.
 template <class Element, bool dense, int rows>
 inline void multiply_rows(const Pixels& a, const float* weights, bool add, float* c) {
@@ -151,13 +163,7 @@ inline void multiply_rows(const Pixels& a, const float* weights, bool add, float
           columns[v] = load(b + v * kWidth, Full{});
           if constexpr (kAhead > 0) __builtin_prefetch(b + kAhead + v * kWidth);
         }
-#pragma GCC unroll 16
-        for (int r = 0; r < rows; ++r) {
-          const Vec value = broadcast(lines[r * row_stride + k]);
-#pragma GCC unroll 4
-          for (int v = 0; v < kProductVecs; ++v)
-            sums[r][v] = Element::dot(value, columns[v], sums[r][v]);
-        }
+        add_products<Element>(lines + k, row_stride, columns, sums);
       }
     }
   }
@@ -240,13 +246,7 @@ inline void outer_product_rows(const float* left, const float* const (&right)[kP
     Vec columns[kProductVecs];
 #pragma GCC unroll 4
     for (int v = 0; v < kProductVecs; ++v) columns[v] = load(right[v] + i * kLine, Full{});
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-      const Vec value = broadcast(left[i * kLine + r]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kProductVecs; ++v)
-        sums[r][v] = Element::dot(value, columns[v], sums[r][v]);
-    }
+    add_products<Element>(left + i * kLine, 1, columns, sums);
   }
   store_sums(sums, add, c);
 }
