@@ -51,11 +51,8 @@ def emulated(request: pytest.FixtureRequest) -> Callable[[str], ctypes.CDLL]:
 
 @pytest.fixture
 def convolutions_at_every_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our convolutions are to be right on every level and dtype, also where torch's are
-    preferred."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    levels = dict.fromkeys(torch.ops.fastresnet.isa_levels(), dtypes)
-    monkeypatch.setattr(ops.conv, "_LEVEL_DTYPES", levels)
+    """Our convolutions are to be right on every level, also where torch's are preferred."""
+    monkeypatch.setattr(ops.conv, "_LEVELS", torch.ops.fastresnet.isa_levels())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -59,11 +59,13 @@ class TestKernelsRun:
     def test_every_operator_has_a_cpu_kernel(self, name: str) -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastresnet::{name}", "CPU")
 
-    def test_a_training_step_runs_them(self) -> None:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_a_training_step_runs_them(self, dtype: torch.dtype) -> None:
         """A ResNet runs every kind of join, its blocks on our convolutions where the level has
         them (which one it has is fixed in ops/conv.py, so a silent fallback fails here)."""
         model = models.resnet18(num_classes=4).to(memory_format=torch.channels_last).train()
         images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+        model, images = model.to(dtype), images.to(dtype)
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
             model(images).sum().backward()
         seen = {event.name for event in recorded.events()}

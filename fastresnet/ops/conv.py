@@ -22,12 +22,9 @@ from . import choice, conv_graph, reference
 from .bn_act import KERNEL_DTYPES, has_kernel, is_kernel_input
 from .reference import ConvGradients, Normalized
 
-# Where the kernels are the faster convolutions, as measured. Without instructions for it they
-# compute bfloat16 in float32, where torch's are several times slower.
-_LEVEL_DTYPES = dict.fromkeys(
-    ("amx", "avx512_bf16", "avx512", "avx2"), (torch.float32, torch.bfloat16)
-)
-
+# The levels whose kernels are the faster convolutions, in every dtype: what the processor has no
+# instructions for they compute in float32, where torch's are several times slower.
+_LEVELS = ("amx", "avx512_bf16", "avx512", "avx2")
 
 _CHANNEL_BLOCK = 32  # what the kernels compute at a time
 _MOST_STRIDE = 4  # kMaxStride of csrc/cpu/conv_params.h
@@ -48,7 +45,7 @@ def has_conv_kernel(x: Tensor, weight: Tensor, *, stride: int = 1, groups: int =
         and is_kernel_input(x)
         and weight.device == x.device
         and weight.dtype in KERNEL_DTYPES
-        and x.dtype in _LEVEL_DTYPES.get(_extension.cpu_level, ())
+        and _extension.cpu_level in _LEVELS
     )
 
 
