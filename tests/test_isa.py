@@ -174,11 +174,10 @@ def test_a_forced_level_is_used_and_computes_the_same(results, level):
 def test_an_unknown_level_is_refused_at_import():
     done = run("sse9", code="import fastresnet")
     assert done.returncode != 0
-    message = "ValueError: FASTRESNET_ISA=sse9 is unknown; known levels: "
-    _, found, known = done.stderr.partition(message)
-    assert found
-    assert known.strip().endswith(", avx2, default")
-    assert set(known.strip().split(", ")) == {"amx", "avx512_bf16", "avx512", "avx2", "default"}
+    known = "amx, avx512_bf16, avx512, avx2, default"
+    if "avx512_bf16" in LEVELS and LEVELS.index("avx512") < LEVELS.index("avx512_bf16"):
+        known = "amx, avx512, avx512_bf16, avx2, default"
+    assert f"ValueError: FASTRESNET_ISA=sse9 is unknown; known levels: {known}\n" in done.stderr
 
 
 def test_a_level_that_the_processor_lacks_is_refused():

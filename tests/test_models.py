@@ -228,7 +228,7 @@ PRECISIONS = {
     "float16": (torch.float16, False),
     "autocast": (torch.float32, True),
 }
-# Torch's convolutions take a minute for a network's in float16.
+# In float16 torch's convolutions take half a minute or more for a network.
 QUICK_PRECISIONS = [precision for precision in PRECISIONS if precision != "float16"]
 
 

@@ -6,6 +6,7 @@
 
 #include <cstdlib>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -88,15 +89,17 @@ bool multiplies_pairs_slowly() {
 
 // Best first. A level that the processor lacks falls through to the next.
 std::vector<Level> levels() {
-  std::vector<Level> all{{"default", [] { return true; }, &portable::table}};
+  std::vector<Level> all{
 #if defined(__x86_64__)
-  const Level pairs{"avx512_bf16", has_avx512_bf16, &avx512_bf16::table};
-  const Level floats{"avx512", has_avx512, &avx512::table};
-  const bool slowly = multiplies_pairs_slowly();
-  all.insert(all.begin(), {{"amx", has_amx, &amx::table},
-                           slowly ? floats : pairs,
-                           slowly ? pairs : floats,
-                           {"avx2", has_avx2, &avx2::table}});
+      {"amx", has_amx, &amx::table},
+      {"avx512_bf16", has_avx512_bf16, &avx512_bf16::table},
+      {"avx512", has_avx512, &avx512::table},
+      {"avx2", has_avx2, &avx2::table},
+#endif
+      {"default", [] { return true; }, &portable::table},
+  };
+#if defined(__x86_64__)
+  if (multiplies_pairs_slowly()) std::swap(all[1], all[2]);
 #endif
   return all;
 }
