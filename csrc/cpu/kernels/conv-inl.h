@@ -270,23 +270,33 @@ void conv_weight_gradient_of(const ConvBackwardParams& p, const ConvBlock& block
   // Of pixels in pairs: one channel an element.
   const std::optional<Groups> narrow = narrow_groups(plan, 1);
   const Groups* groups = narrow ? &*narrow : nullptr;
+  // Where all taps read the same lines, some at a time stay in the first-level cache for them.
+  const bool same_lines = plan.phases.size() == 1 && plan.taps.size() > 1 && !plan.by_places;
+  const int64_t lines = same_lines ? E::kTapLines : steps;
   for (int64_t n = out_blocks.begin; n < out_blocks.end; ++n) {
     Lines left = staged.left;
     left.first += 2 * n * left.panel_stride;
     const int64_t first = met_by_output(plan.shape, n).first;
-    for (int64_t c = first + met.begin; c < first + met.end; ++c)
-      for (const Tap& tap : plan.taps) {
-        const int64_t place = staged.place(plan, tap);
-        Lines right = staged.right[tap.phase][place % E::kDepth];
-        right.first += 2 * c * right.panel_stride;
-        if (plan.by_places) {
-          place_outer_products<E>(plan, tap, left, right, groups, add, dweight);
-        } else {
-          right.first += place / E::kDepth * kLine;
-          outer_product_of_block<E>(left, right, steps, groups, add, dweight);
+    for (int64_t c = first + met.begin; c < first + met.end; ++c) {
+      for (int64_t line = 0; line < steps; line += lines) {
+        float* of_tap = dweight;
+        for (const Tap& tap : plan.taps) {
+          const int64_t place = staged.place(plan, tap);
+          Lines right = staged.right[tap.phase][place % E::kDepth];
+          right.first += 2 * c * right.panel_stride;
+          if (plan.by_places) {
+            place_outer_products<E>(plan, tap, left, right, groups, add, of_tap);
+          } else {
+            right.first += (place / E::kDepth + line) * kLine;
+            outer_product_of_block<E>({left.first + line * kLine, left.panel_stride}, right,
+                                      std::min(lines, steps - line), groups, add || line > 0,
+                                      of_tap);
+          }
+          of_tap += pair_size(plan);
         }
-        dweight += pair_size(plan);
       }
+      dweight += plan.products() * pair_size(plan);
+    }
   }
 }
 

@@ -76,9 +76,10 @@ class Layout {
 };
 
 // `count` pixels from `pixel` on of some panels; the source's pixels begin at `from`, `step` apart.
+// The function's arguments are copies, which no store of a line can change: they stay in registers.
 template <class E, class Values>
-inline void stage_run(const Plane& plane, Range panels, int64_t channels, int64_t pixel,
-                      int64_t count, int64_t from, int64_t step, const Values& values) {
+inline void stage_run(Plane plane, Range panels, int64_t channels, int64_t pixel, int64_t count,
+                      int64_t from, int64_t step, Values values) {
   const int64_t ahead = step * rows_ahead(values.pixel_bytes());
   const int64_t first = panels.begin * kLineChannels<E>, padded = panels.end * kLineChannels<E>;
   for (int64_t i = 0; i < count; ++i) {

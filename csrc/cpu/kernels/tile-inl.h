@@ -10,10 +10,11 @@
 // An Element says what a line holds (values of kDepth channels an element) and how its products are
 // computed. kRowStep: rows of a product come in so many, the last ones read and written though not
 // wanted. kOuterStep: so do the lines of an outer product, zeros behind the last; kOuterLines:
-// lines of one sum. kJoinedWidth: narrower rows of an image are multiplied together with the
-// padding between them. kMinimalFiltering: whether a 3x3 convolution is better done by
-// winograd-inl.h. kNarrowGroups: whether groups narrower than a block are better multiplied by
-// tile_groups-inl.h than with zeros between them.
+// lines of one sum; kTapLines: the same where every tap has a sum of these lines. kJoinedWidth:
+// narrower rows of an image are multiplied together with the padding between them.
+// kMinimalFiltering: whether a 3x3 convolution is better done by winograd-inl.h. kNarrowGroups:
+// whether groups narrower than a block are better multiplied by tile_groups-inl.h than with zeros
+// between them.
 
 constexpr int64_t kLine = 16;
 
@@ -30,6 +31,7 @@ struct OnVectors {
   static constexpr int64_t kRowStep = 1;
   static constexpr int64_t kOuterStep = 1;
   static constexpr int64_t kOuterLines = 128;
+  static constexpr int64_t kTapLines = 128;
   static constexpr int64_t kJoinedWidth = kProductRows / 2;
   static constexpr bool kMinimalFiltering = true;
   static constexpr bool kNarrowGroups = true;

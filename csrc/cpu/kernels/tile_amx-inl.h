@@ -12,6 +12,7 @@ struct TilePair : Pair {
   static constexpr int64_t kRowStep = kAmxRows;
   static constexpr int64_t kOuterStep = kAmxRows;
   static constexpr int64_t kOuterLines = 256;  // each sum costs loads and stores of four tiles
+  static constexpr int64_t kTapLines = 96;     // both operands stay in the first-level cache
   static constexpr int64_t kJoinedWidth = std::numeric_limits<int64_t>::max();
   static constexpr bool kMinimalFiltering = false;  // tiles multiply more than four times as fast
   // By count of instructions, a block takes tiles as long as four channels take vectors.
@@ -44,16 +45,45 @@ struct TilePair : Pair {
 // What was written to memory before is there: gcc does not know that a tile load reads it.
 inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
-// 16 or 32 rows of the product.
+// The sums of 16 or 32 rows and 32 columns, in the tiles 0 to 3.
 template <int row_tiles>
-inline void multiply_tiles(const Pixels& a, const float* weights, float* c) {
-  const int64_t row_bytes = a.row_stride * int64_t{sizeof(float)};
+inline void clear_tiles() {
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (row_tiles == 2) {
     _tile_zero(2);
     _tile_zero(3);
   }
+}
+
+template <int row_tiles>
+inline void load_tiles(const float* c) {
+  _tile_loadd(0, c, kColumnBytes);
+  _tile_loadd(1, c + kLine, kColumnBytes);
+  if constexpr (row_tiles == 2) {
+    _tile_loadd(2, c + kAmxRows * kChannelBlock, kColumnBytes);
+    _tile_loadd(3, c + kAmxRows * kChannelBlock + kLine, kColumnBytes);
+  }
+}
+
+template <int row_tiles>
+inline void store_tiles(float* c) {
+  _tile_stored(0, c, kColumnBytes);
+  _tile_stored(1, c + kLine, kColumnBytes);
+  if constexpr (row_tiles == 2) {
+    _tile_stored(2, c + kAmxRows * kChannelBlock, kColumnBytes);
+    _tile_stored(3, c + kAmxRows * kChannelBlock + kLine, kColumnBytes);
+  }
+}
+
+// 16 or 32 rows of the product.
+template <int row_tiles>
+inline void multiply_tiles(const Pixels& a, const float* weights, bool add, float* c) {
+  const int64_t row_bytes = a.row_stride * int64_t{sizeof(float)};
+  if (add)
+    load_tiles<row_tiles>(c);
+  else
+    clear_tiles<row_tiles>();
   for (int64_t tap = 0; tap < a.count; ++tap) {
     const float* lines = a.first + a.taps[tap].pixels;
     const float* b = weights + a.taps[tap].weights;
@@ -69,27 +99,31 @@ inline void multiply_tiles(const Pixels& a, const float* weights, float* c) {
         _tile_dpbf16ps(3, 5, 7);
       }
       lines += a.panel_stride;
-      b += kLine * kChannelBlock;
+      b += kWeightLines;
     }
   }
-  _tile_stored(0, c, kColumnBytes);
-  _tile_stored(1, c + kLine, kColumnBytes);
-  if constexpr (row_tiles == 2) {
-    _tile_stored(2, c + kAmxRows * kChannelBlock, kColumnBytes);
-    _tile_stored(3, c + kAmxRows * kChannelBlock + kLine, kColumnBytes);
-  }
+  store_tiles<row_tiles>(c);
 }
 
+// The lines of so many panels at a time stay in the first-level cache from tap to tap.
 template <>
 inline void multiply<TilePair>(Pixels a, const float* b, float* c, int64_t rows) {
+  constexpr int64_t kChunks = 8;
   finish_stores();
-  for (int64_t row = 0; row < rows; row += 2 * kAmxRows) {
-    if (rows - row > kAmxRows)
-      multiply_tiles<2>(a, b, c);
-    else
-      multiply_tiles<1>(a, b, c);
-    a.first += 2 * kAmxRows * a.row_stride;
-    c += 2 * kAmxRows * kChannelBlock;
+  const int64_t chunks = a.chunks;
+  for (int64_t chunk = 0; chunk < chunks; chunk += kChunks) {
+    Pixels some = a;
+    some.first += chunk * a.panel_stride;
+    some.chunks = std::min(kChunks, chunks - chunk);
+    float* to = c;
+    for (int64_t row = 0; row < rows; row += 2 * kAmxRows) {
+      if (rows - row > kAmxRows)
+        multiply_tiles<2>(some, b + chunk * kWeightLines, chunk > 0, to);
+      else
+        multiply_tiles<1>(some, b + chunk * kWeightLines, chunk > 0, to);
+      some.first += 2 * kAmxRows * a.row_stride;
+      to += 2 * kAmxRows * kChannelBlock;
+    }
   }
 }
 
@@ -97,22 +131,14 @@ template <>
 inline void outer_product<TilePair>(const Lines& a, const Lines& b, int64_t count, bool add,
                                     float* c) {
   finish_stores();
-  float* lower = c + kAmxRows * kChannelBlock;
   // The sums that the next product adds to lie behind these. They come from far: those of a weight
   // of many channels do not stay in the second-level cache.
   constexpr int64_t kAskedAtOnce = 8 * kLine;
   const float *next = c + kPairSize, *end = add ? next + kPairSize : next;
-  if (add) {
-    _tile_loadd(0, c, kColumnBytes);
-    _tile_loadd(1, c + kLine, kColumnBytes);
-    _tile_loadd(2, lower, kColumnBytes);
-    _tile_loadd(3, lower + kLine, kColumnBytes);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  if (add)
+    load_tiles<2>(c);
+  else
+    clear_tiles<2>();
   for (int64_t line = 0; line < count; line += kAmxRows) {
     const float *left = a.first + line * kLine, *right = b.first + line * kLine;
     if (next < end) {
@@ -128,8 +154,5 @@ inline void outer_product<TilePair>(const Lines& a, const Lines& b, int64_t coun
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, c, kColumnBytes);
-  _tile_stored(1, c + kLine, kColumnBytes);
-  _tile_stored(2, lower, kColumnBytes);
-  _tile_stored(3, lower + kLine, kColumnBytes);
+  store_tiles<2>(c);
 }
