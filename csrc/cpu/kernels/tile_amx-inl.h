@@ -45,24 +45,23 @@ struct TilePair : Pair {
 // What was written to memory before is there: gcc does not know that a tile load reads it.
 inline void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
-// The sums of 16 or 32 rows and 32 columns, in the tiles 0 to 3.
+// The sums of 16 or 32 rows and 32 columns, in the tiles 0 to 3: what is in memory, or zeros.
 template <int row_tiles>
-inline void clear_tiles() {
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (row_tiles == 2) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-}
-
-template <int row_tiles>
-inline void load_tiles(const float* c) {
-  _tile_loadd(0, c, kColumnBytes);
-  _tile_loadd(1, c + kLine, kColumnBytes);
-  if constexpr (row_tiles == 2) {
-    _tile_loadd(2, c + kAmxRows * kChannelBlock, kColumnBytes);
-    _tile_loadd(3, c + kAmxRows * kChannelBlock + kLine, kColumnBytes);
+inline void begin_tiles(bool add, const float* c) {
+  if (add) {
+    _tile_loadd(0, c, kColumnBytes);
+    _tile_loadd(1, c + kLine, kColumnBytes);
+    if constexpr (row_tiles == 2) {
+      _tile_loadd(2, c + kAmxRows * kChannelBlock, kColumnBytes);
+      _tile_loadd(3, c + kAmxRows * kChannelBlock + kLine, kColumnBytes);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (row_tiles == 2) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
   }
 }
 
@@ -76,14 +75,11 @@ inline void store_tiles(float* c) {
   }
 }
 
-// 16 or 32 rows of the product.
+// 16 or 32 rows of the product, added to what is there if so wished.
 template <int row_tiles>
 inline void multiply_tiles(const Pixels& a, const float* weights, bool add, float* c) {
   const int64_t row_bytes = a.row_stride * int64_t{sizeof(float)};
-  if (add)
-    load_tiles<row_tiles>(c);
-  else
-    clear_tiles<row_tiles>();
+  begin_tiles<row_tiles>(add, c);
   for (int64_t tap = 0; tap < a.count; ++tap) {
     const float* lines = a.first + a.taps[tap].pixels;
     const float* b = weights + a.taps[tap].weights;
@@ -110,11 +106,10 @@ template <>
 inline void multiply<TilePair>(Pixels a, const float* b, float* c, int64_t rows) {
   constexpr int64_t kChunks = 8;
   finish_stores();
-  const int64_t chunks = a.chunks;
-  for (int64_t chunk = 0; chunk < chunks; chunk += kChunks) {
+  for (int64_t chunk = 0; chunk < a.chunks; chunk += kChunks) {
     Pixels some = a;
     some.first += chunk * a.panel_stride;
-    some.chunks = std::min(kChunks, chunks - chunk);
+    some.chunks = std::min(kChunks, a.chunks - chunk);
     float* to = c;
     for (int64_t row = 0; row < rows; row += 2 * kAmxRows) {
       if (rows - row > kAmxRows)
@@ -135,10 +130,7 @@ inline void outer_product<TilePair>(const Lines& a, const Lines& b, int64_t coun
   // of many channels do not stay in the second-level cache.
   constexpr int64_t kAskedAtOnce = 8 * kLine;
   const float *next = c + kPairSize, *end = add ? next + kPairSize : next;
-  if (add)
-    load_tiles<2>(c);
-  else
-    clear_tiles<2>();
+  begin_tiles<2>(add, c);
   for (int64_t line = 0; line < count; line += kAmxRows) {
     const float *left = a.first + line * kLine, *right = b.first + line * kLine;
     if (next < end) {
